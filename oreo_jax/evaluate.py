@@ -6,27 +6,21 @@ each method cost, how good the values are, and one worked example.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from oreo_jax import data, decode, models, values
+from oreo_jax import decode, values
+from oreo_jax.bench import Bench
 from oreo_jax.config import ConfigError
-from oreo_jax.data.steps import step_starts
+from oreo_jax.example import value_example
 from oreo_jax.heldout import evaluate_trajectories
-from oreo_jax.losses import token_logprobs
 from oreo_jax.metrics import Progress
 from oreo_jax.models import Params
-from oreo_jax.pipeline import (
-  decode_text,
-  make_trajectory,
-  sample_responses,
-  tokenize_problems,
-)
+from oreo_jax.pipeline import decode_text, tokenize_problems
 from oreo_jax.statistics import wilson_interval
-from oreo_jax.tasks.task import Problem
 from oreo_jax.workspace import Workspace, write_json
 
 NAMES = {
@@ -46,44 +40,6 @@ class Outcome(NamedTuple):
   rewards: np.ndarray  # f32[problems]
   tokens: float  # generated for a problem, all samples or proposals
   seconds: float
-
-
-class Bench(NamedTuple):
-  """Held-out problems and how they are answered."""
-
-  workspace: Workspace
-  problems: list[Problem]
-
-  def grade(self, responses: Sequence[str], finished: np.ndarray) -> np.ndarray:
-    """Returns f32[n], problem-major; a truncated answer earns 0."""
-    samples = len(responses) // len(self.problems)
-    repeated = [p for p in self.problems for _ in range(samples)]
-    return self.workspace.task.grade(repeated, responses) * finished
-
-  def sample(
-    self,
-    policy: Params,
-    *,
-    description: str,
-    num_samples: int = 1,
-    sampler: decode.Sampler = decode.GREEDY,
-  ) -> tuple[np.ndarray, list[str], decode.Generation, float]:
-    """Returns rewards [n * samples], texts, tokens and seconds."""
-    settings = self.workspace.config.evaluate
-    start = time.monotonic()
-    texts, answers = sample_responses(
-      self.workspace,
-      policy,
-      self.problems,
-      description=description,
-      seed=settings.seed,
-      num_samples=num_samples,
-      sampler=sampler,
-      max_new_tokens=settings.max_new_tokens,
-      batch_size=settings.batch_size,
-    )
-    seconds = time.monotonic() - start
-    return self.grade(texts, answers.finished), texts, answers, seconds
 
 
 def evaluate(
@@ -170,7 +126,7 @@ def _plain_methods(
   """Greedy decoding and one sample."""
   samplers = {
     "greedy": decode.GREEDY,
-    "sample": _sampler(bench.workspace),
+    "sample": bench.sampler(),
   }
   methods = []
   for search, sampler in samplers.items():
@@ -194,11 +150,11 @@ def _ranked_methods(
     roles["policy"],
     description=f"{name}, {most} samples",
     num_samples=most,
-    sampler=_sampler(workspace),
+    sampler=bench.sampler(),
   )
   start = time.monotonic()
   scores = decode.reduce_values(
-    _values_along(bench, roles["critic"], answers), answers
+    bench.values_along(roles["critic"], answers), answers
   )
   judging = time.monotonic() - start
   shape = (len(bench.problems), most)
@@ -264,7 +220,7 @@ def _search_methods(
         max_new_tokens=settings.max_new_tokens,
         max_steps=settings.max_steps,
         max_step_tokens=settings.max_step_tokens,
-        sampler=_sampler(workspace),
+        sampler=bench.sampler(),
         batch_size=settings.batch_size,
         on_progress=progress.update,
       )
@@ -275,11 +231,6 @@ def _search_methods(
     label = f"{name} + beam search B={beams}"
     methods.append(_method(label, stage, "beam", beams, outcome))
   return methods
-
-
-def _sampler(workspace: Workspace) -> decode.Sampler:
-  settings = workspace.config.evaluate
-  return decode.Sampler(settings.temperature, top_p=settings.top_p)
 
 
 def delimiter_tokens(workspace: Workspace) -> np.ndarray:
@@ -295,27 +246,6 @@ def delimiter_tokens(workspace: Workspace) -> np.ndarray:
   return ends
 
 
-def _values_along(
-  bench: Bench, critic: Params, answers: decode.Generation
-) -> np.ndarray:
-  """Returns f32[R, max_new_tokens + 1], V along answers, in batches."""
-  workspace = bench.workspace
-  prompts = tokenize_problems(workspace, bench.problems)
-  samples = len(answers.lengths) // len(prompts)
-  size = max(workspace.config.evaluate.batch_size // samples, 1)
-  size = min(size, len(prompts))
-  along = np.zeros((len(answers.lengths), answers.tokens.shape[1] + 1))
-  for indices, rows, room in decode.batched(prompts, size):
-    place = (indices[:, None] * samples + np.arange(samples)).ravel()
-    filled = np.resize(place, size * samples)  # the last batch is filled up
-    part = decode.Generation(*(x[filled] for x in answers))
-    found = decode.answer_values(
-      critic, rows, part, workspace.config.model, prompt_length=room
-    )
-    along[place] = found[: len(place)]
-  return along
-
-
 def _judge_values(
   bench: Bench, roles: dict[str, Params]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -327,9 +257,9 @@ def _judge_values(
     roles["policy"],
     description="values",
     num_samples=settings.value_samples,
-    sampler=_sampler(workspace),
+    sampler=bench.sampler(),
   )
-  along = _values_along(few, roles["critic"], answers)
+  along = few.values_along(roles["critic"], answers)
   states = answers.lengths - answers.finished
   names = [p.id for p in few.problems for _ in range(settings.value_samples)]
   analysis = values.analyse(along, states, rewards, names, seed=settings.seed)
@@ -342,7 +272,7 @@ def _judge_values(
   first = int(mixed[0])
   wrong = np.flatnonzero(table[first] == 0) + first * settings.value_samples
   row = int(wrong[np.argmax(states[wrong])])
-  example = _example(
+  example = value_example(
     workspace,
     roles["policy"],
     few.problems[first],
@@ -352,67 +282,3 @@ def _judge_values(
     float(rewards[row]),
   )
   return analysis, example
-
-
-def _example(
-  workspace: Workspace,
-  policy: Params,
-  problem: Problem,
-  text: str,
-  tokens: np.ndarray,
-  along: np.ndarray,
-  reward: float,
-) -> dict[str, Any]:
-  """Returns an answer with its value after every step (paper 5.3)."""
-  trajectory = make_trajectory(workspace, problem, text, reward)
-  sequence = data.tokenize_trajectory(
-    trajectory,
-    workspace.tokenizer,
-    granularity="step",
-    delimiters=workspace.config.data.delimiters,
-  )
-  ratios = _log_ratios(workspace, policy, sequence.tokens)
-  prompt = int(np.argmax(sequence.action_mask))
-  starts = np.flatnonzero(sequence.decision_mask[: prompt + len(tokens)])
-  ends = [*starts[1:], prompt + len(tokens)]
-  cuts = step_starts(text, workspace.config.data.delimiters)
-  parts = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
-  beta = workspace.config.train.beta
-  before = start_value = float(along[0])
-  steps = []
-  for part, start, end in zip(parts, starts, ends, strict=False):
-    value = float(along[end - prompt])
-    steps.append(
-      {
-        "text": part,
-        "value": value,
-        "explicit_advantage": value - before,
-        "implicit_advantage": float(beta * ratios[start:end].sum()),
-      }
-    )
-    before = value
-  return {
-    "prompt": problem.prompt,
-    "start_value": start_value,
-    "steps": steps,
-    "reward": reward,
-  }
-
-
-def _log_ratios(
-  workspace: Workspace, policy: Params, tokens: np.ndarray
-) -> np.ndarray:
-  """Returns f64[L]: log pi - log ref of each token, 0 for the first."""
-  config = workspace.config.model
-  inputs, targets = tokens[None, :-1], tokens[None, 1:]
-
-  def logps(params):
-    hidden = models.apply(params, inputs, config).hidden
-    head = models.head_matrix(params, config)
-    found = token_logprobs(
-      hidden, head, targets, logit_scale=config.logit_scale
-    )
-    return np.asarray(found.logps[0], np.float64)
-
-  ratios = logps(policy) - logps(workspace.start_policy())
-  return np.concatenate([[0.0], ratios])

@@ -22,9 +22,9 @@ import jax
 from absl import logging
 
 from oreo_jax import pipeline, train
+from oreo_jax.bench import Bench
 from oreo_jax.checkpoint import Checkpoints
 from oreo_jax.config import Config, ConfigError
-from oreo_jax.evaluate import Bench
 from oreo_jax.metrics import Progress
 from oreo_jax.models import Params
 from oreo_jax.statistics import wilson_interval
