@@ -101,7 +101,11 @@ def _iterate(workspace) -> None:
   from oreo_jax import iterate, report
 
   results = iterate.iterate(workspace)
-  _say(report.format_rounds(results["rounds"]))
+  if workspace.is_chief:
+    last = workspace.directory / f"round{workspace.config.rounds}"
+    _say(report.format_table(report.read_results(last)))
+    _say(report.format_rounds(results["rounds"]))
+    _say(f"report of the last round: {report.write_report(last)}")
 
 
 def _compare(workspace) -> None:

@@ -8,6 +8,7 @@ round<k>/config.py         its settings
 round<k>/collect/          its trajectories
 round<k>/<objective>/      what it trained, with its curves
 round<k>/<split>/          accuracy on held-out problems; round 0 is the start
+round<last>/results.json   search and values of the last round, as `evaluate`
 rounds.json                the table
 
 Any objective can be iterated, rejection sampling too. A run that was cut off
@@ -25,6 +26,7 @@ from oreo_jax import pipeline, train
 from oreo_jax.bench import Bench
 from oreo_jax.checkpoint import Checkpoints
 from oreo_jax.config import Config, ConfigError
+from oreo_jax.evaluate import evaluate
 from oreo_jax.metrics import Progress
 from oreo_jax.models import Params
 from oreo_jax.statistics import wilson_interval
@@ -148,6 +150,7 @@ def iterate(workspace: Workspace) -> dict[str, Any]:
       last = Branch(round_config(config, number), directory, origin)
       rows.append(play_round(last, number))
       bar.update(accuracy=rows[-1]["accuracy"])
+  evaluate(last)
   results = {
     "task": workspace.task.name,
     "objective": objective,

@@ -62,6 +62,15 @@ def test_every_round_has_its_folder(rounds):
   assert json.loads((directory / "rounds.json").read_text()) == results
 
 
+def test_the_last_round_is_searched_with(rounds):
+  directory, results = rounds
+  found = report.read_results(directory / "round2")
+  searches = {method["search"]: method for method in found["methods"]}
+  assert {"greedy", "best_of_n", "beam"} <= searches.keys()
+  assert searches["greedy"]["accuracy"] == results["rounds"][2]["accuracy"]
+  assert not (directory / "round1" / "results.json").exists()
+
+
 def test_a_round_starts_where_the_last_one_ended(rounds):
   directory, _ = rounds
   config = dataclasses.replace(tiny_run(), rounds=2)
