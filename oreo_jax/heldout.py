@@ -17,7 +17,13 @@ from oreo_jax.config import ConfigError, ModelConfig
 from oreo_jax.losses import token_logprobs
 from oreo_jax.metrics import Progress
 from oreo_jax.models import Params
-from oreo_jax.sharding import batch_sharding, batch_shards, replicated, to_host
+from oreo_jax.sharding import (
+  batch_sharding,
+  batch_shards,
+  replicated,
+  shard_whole_batch,
+  to_host,
+)
 from oreo_jax.workspace import Workspace, write_json
 
 # Scores by name; the first is what the others are compared with.
@@ -169,10 +175,10 @@ def score_answers(
       )
       for step in range(loader.num_steps):
         batch = loader.batch(step)
-        arrays = [to_host(x) for x in score(critic, base, batch)]
+        scored = score(critic, base, shard_whole_batch(batch, mesh))
+        arrays = [to_host(x) for x in scored]
         members = loader.sequence_indices(step)
-        scored = values.answers_of(batch, members, *arrays)
-        for member, *answer in scored:
+        for member, *answer in values.answers_of(batch, members, *arrays):
           found[chosen[member]] = Answer(*answer)
           progress.update()
   return [found[i] for i in range(len(sequences))]

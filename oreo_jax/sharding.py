@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import (
   AbstractMesh,
@@ -143,6 +144,38 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
     batch,
   )
+
+
+def shard_whole_batch(batch: Any, mesh: Mesh) -> Any:
+  """Makes global arrays of rows that every process holds, all of them.
+
+  Args:
+    batch: tree of host arrays, the same on every process.
+    mesh: the device mesh.
+
+  Returns:
+    The same tree with global `jax.Array`s, split over the batch axes.
+  """
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      np.shape(x), sharding, np.asarray(x).__getitem__
+    ),
+    batch,
+  )
+
+
+def micro_batches(batch: Any, parts: int) -> Any:
+  """Splits the rows: [B, ...] to [parts, B / parts, ...].
+
+  Row i of part p is row i * parts + p: each device keeps its own rows.
+  """
+
+  def split(x):
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return jax.tree.map(split, batch)
 
 
 def to_host(tree: Any) -> Any:

@@ -19,6 +19,7 @@ from oreo_jax.sharding import (
   batch_sharding,
   batch_shards,
   replicated,
+  shard_whole_batch,
   to_host,
 )
 from oreo_jax.statistics import (
@@ -72,7 +73,8 @@ def held_out_values(
     last, index = [], []
     for step in range(loader.num_steps):
       batch = loader.batch(step)
-      values = to_host(score(state.params, base, batch))
+      rows = shard_whole_batch(batch, mesh)
+      values = to_host(score(state.params, base, rows))
       members = loader.sequence_indices(step)
       for member, along in answers_of(batch, members, values):
         # V of the state before the last token: the end-of-sequence, where the

@@ -14,7 +14,9 @@ from oreo_jax.sharding import (
   batch_shards,
   constrain_batch,
   make_mesh,
+  micro_batches,
   shard_batch,
+  shard_whole_batch,
   shardings_of,
   spec_of,
   to_host,
@@ -89,3 +91,19 @@ def test_constrain_batch_is_free_outside_a_mesh_and_for_odd_sizes():
     assert constrain_batch(x) is x
     y = jax.jit(constrain_batch)(jnp.zeros((8, 2)))
   assert y.addressable_shards[0].data.shape == (1, 2)
+
+
+def test_whole_batches_are_split_over_the_mesh():
+  mesh = tiny.mesh(data=4, tensor=2)
+  rows = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8)}
+  found = shard_whole_batch(rows, mesh)
+  assert {x.sharding.spec for x in found.values()} == {
+    PartitionSpec(("dcn_data", "data", "fsdp"))
+  }
+  assert found["a"].addressable_shards[0].data.shape == (2, 3)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), rows)
+
+
+def test_micro_batches_take_every_nth_row():
+  found = micro_batches({"a": jnp.arange(12).reshape(6, 2)}, 3)["a"]
+  np.testing.assert_array_equal(found[..., 0] // 2, [[0, 3], [1, 4], [2, 5]])

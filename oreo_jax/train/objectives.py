@@ -18,6 +18,7 @@ from oreo_jax.data import construct
 from oreo_jax.data.loader import Loader
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
+from oreo_jax.sharding import constrain_batch, micro_batches
 from oreo_jax.train.state import Setup, full_params
 
 
@@ -294,9 +295,15 @@ def _count_pairs(params, ref, batch: Batch, setup: Setup):
 def _mismatched_kl(params, ref, batch: KtoBatch, setup: Setup):
   """One reference point for the whole batch, so no micro-batch is special."""
   rows, counts = _count(params, ref, batch.rows, setup)
-  out = forward(params, None, ref, batch.mismatched, setup)
-  policy = _answers(out.tokens.logps, batch.mismatched, setup)
-  reference = _answers(out.tokens.ref_logps, batch.mismatched, setup)
+
+  def answers(micro):
+    micro = jax.tree.map(constrain_batch, micro)
+    out = forward(params, None, ref, micro, setup)
+    sides = (out.tokens.logps, out.tokens.ref_logps)
+    return tuple(_answers(side, micro, setup) for side in sides)
+
+  parts = micro_batches(batch.mismatched, setup.stage.grad_accum)
+  policy, reference = jax.lax.map(answers, parts)
   z0 = losses.kto_z0(policy.logps, reference.logps, mask=policy.lengths > 0)
   return rows, KtoWhole(z0, counts.actions.sequences)
 

@@ -21,6 +21,7 @@ from oreo_jax.sharding import (
   batch_sharding,
   batch_shards,
   constrain_batch,
+  micro_batches,
   replicated,
 )
 from oreo_jax.train.objectives import OBJECTIVES, forward
@@ -80,12 +81,7 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, parts: int):
   if parts == 1:
     return gradient(params, batch)
 
-  def split(x):
-    # Row i of part p is row i * parts + p: each device keeps its own rows.
-    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 0)
-
-  micro = jax.tree.map(split, batch)
+  micro = micro_batches(batch, parts)
 
   def body(total, rows):
     rows = jax.tree.map(constrain_batch, rows)
@@ -105,8 +101,9 @@ def _update(state: TrainState, grads: dict[str, Any], setup: Setup):
     old = state.params[name], state.opt_state[name]
     updates, moments = optimizer.update(grads[name], old[1], old[0])
     new = optax.apply_updates(old[0], updates), moments
-    if name == "policy" and setup.frozen_steps:
-      # Not by a gradient of zero: the moments would move it.
+    if name != "critic" and setup.frozen_steps:
+      # Not by a gradient of zero: the moments would move it. A learned alpha
+      # waits too, or it would chase the target of a KL that stays zero.
       keep = functools.partial(jnp.where, state.step < setup.frozen_steps)
       new = jax.tree.map(keep, old, new)
     params[name], opt_state[name] = new

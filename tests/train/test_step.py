@@ -317,13 +317,15 @@ def test_ema_follows_the_policy():
 
 def test_learned_alpha_moves_towards_the_target():
   target = LEARNS["kl_target"]
-  _, above = host_states(LEARNS, 2, start)
-  assert above[0]["policy/kl"] > target
-  assert above[1]["policy/alpha"] > above[0]["policy/alpha"]
-  _, below = host_states(LEARNS, 2, at_reference)
-  assert below[0]["policy/kl"] < target
-  assert below[1]["policy/alpha"] < below[0]["policy/alpha"]
-  np.testing.assert_allclose(below[0]["policy/alpha"], 0.1, rtol=1e-5)
+  _, above = host_states(LEARNS, 4, start)
+  assert above[2]["policy/kl"] > target
+  assert above[3]["policy/alpha"] > above[2]["policy/alpha"]
+  _, below = host_states(LEARNS, 4, at_reference)
+  assert below[2]["policy/kl"] < target
+  assert below[3]["policy/alpha"] < below[2]["policy/alpha"]
+  # Two steps of warm-up: the KL cannot move yet, so neither does alpha.
+  for figures in (*above[:3], *below[:3]):
+    np.testing.assert_allclose(figures["policy/alpha"], 0.1, rtol=1e-5)
 
 
 def test_adapters_alone_are_trained():
