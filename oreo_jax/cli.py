@@ -10,6 +10,7 @@ The only module that reads flags, starts `jax.distributed` or prints.
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -234,11 +235,12 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
   The flag parser would say only which part of the path it did not find.
   """
-  files = [a for a in arguments if a.startswith(("--config=", "-config="))]
+  joined = "\n".join(arguments)
+  files = re.findall(r"^--?config[=\n](.+)$", joined, re.MULTILINE)
   if not files:
     return
   parser = config_flags.config_flags.ConfigFileFlagParser("config")
-  config = parser.parse(files[-1].split("=", 1)[1])
+  config = parser.parse(files[-1])
   if not isinstance(config, Config):
     return
   valid = field_paths(config)

@@ -45,9 +45,10 @@ def oreo(*arguments, cwd):
   ],
 )
 def test_unknown_flag_names_the_nearest(argument, nearest):
-  with pytest.raises(ConfigError, match="is not a setting") as caught:
-    cli.check_overrides([f"--config={MAZE}", argument])
-  assert f"did you mean {nearest}" in str(caught.value)
+  for file in ([f"--config={MAZE}"], ["--config", str(MAZE)]):
+    with pytest.raises(ConfigError, match="is not a setting") as caught:
+      cli.check_overrides([*file, argument])
+    assert f"did you mean {nearest}" in str(caught.value)
 
 
 def test_known_flags_pass():

@@ -30,10 +30,15 @@ def batched(
 
   The last batch is filled up with its last prompt; `indices` has only the
   real ones.
+
+  Raises:
+    ValueError: without any prompt.
   """
+  if not len(prompts):
+    raise ValueError("prompts: expected at least one, got none")
   lengths = np.array([len(prompt) for prompt in prompts])
   order = np.argsort(lengths, kind="stable")
-  longest = int(lengths.max()) if len(lengths) else 0
+  longest = int(lengths.max())
   for start in range(0, len(order), size):
     indices = order[start : start + size]
     rows = [prompts[i] for i in indices]
@@ -72,7 +77,7 @@ def generate_all(
   Returns:
     A Generation of len(prompts) * num_samples rows, prompt-major.
   """
-  size = min(max(batch_size // num_samples, 1), len(prompts))
+  size = max(min(batch_size // num_samples, len(prompts)), 1)
   parts, order = [], []
   for number, (indices, rows, room) in enumerate(batched(prompts, size)):
     out = generate(
@@ -122,7 +127,7 @@ def search_all(
   Returns:
     A Search of len(prompts) rows.
   """
-  size = min(max(batch_size // beams**2, 1), len(prompts))
+  size = max(min(batch_size // beams**2, len(prompts)), 1)
   parts, order = [], []
   for number, (indices, rows, room) in enumerate(batched(prompts, size)):
     out = step_beam_search(

@@ -212,6 +212,8 @@ def test_prompts_must_fit_and_must_not_be_empty(params):
   options = {"max_new_tokens": 2, "eos_ids": ()}
   with pytest.raises(ValueError, match="at least one token"):
     generate(params, [[1], []], KEY, tiny.MODEL, **options)
+  with pytest.raises(ValueError, match="at least one, got none"):
+    generate_all(params, [], KEY, tiny.MODEL, **options)
   with pytest.raises(ValueError, match="prompt 1 has 3 tokens, room is 2"):
     generate(
       params, [[1], [1, 2, 3]], KEY, tiny.MODEL, prompt_length=2, **options
