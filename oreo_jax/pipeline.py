@@ -5,6 +5,7 @@ so that it can be run alone, again, or on another machine. A stage that is done
 is not done again; one that was cut off goes on from its last checkpoint.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,9 @@ from oreo_jax.tasks.task import Problem
 from oreo_jax.train.objectives import OBJECTIVES
 from oreo_jax.values import held_out_values
 from oreo_jax.workspace import Workspace
+
+# What a role is called in an export.
+_EXPORTED = {"policy": "policy", "critic": "value"}
 
 
 def sft(workspace: Workspace) -> None:
@@ -188,6 +192,16 @@ def _train(
       name: figure for name, figure in last.items() if "heldout/" in name
     }
   workspace.save_model(objective, steps, *train.plain_models(full, setup))
+  after_sft = objective != "sft" and workspace.path("sft").exists()
+  for role, architecture in train.full_configs(setup).items():
+    if role in full and architecture.lora_rank:
+      models.save_adapter(
+        workspace.path(objective) / "adapters" / _EXPORTED[role],
+        full[role],
+        architecture,
+        base="" if after_sft else config.init,
+        overwrite=True,
+      )
   return steps
 
 
@@ -195,29 +209,33 @@ def export(workspace: Workspace) -> None:
   """Writes what training made as Hugging Face directories.
 
   `export/policy` opens as a causal language model, `export/value` as a
-  classifier with one label; both with tokenizer and chat template.
+  classifier with one label; both with tokenizer and chat template, and with
+  adapters merged. The adapters alone, where there are any, are PEFT
+  directories: `export/policy_adapter`, `export/value_adapter`.
   """
   objective = workspace.config.train.objective
   workspace.record(objective)
   folder = workspace.path("export")
   roles, config = workspace.load_model(objective)
-  names = {"policy": "policy", "critic": "value"}
   for role in roles:
-    if (folder / names[role]).exists():
+    if (folder / _EXPORTED[role]).exists():
       raise ConfigError(
-        f"{folder / names[role]} is there already: remove it, or write it "
+        f"{folder / _EXPORTED[role]} is there already: remove it, or write it "
         "again with --overwrite"
       )
   run = workspace.begin("export")
   for role, params in roles.items():
     models.save_hf(
-      folder / names[role],
+      folder / _EXPORTED[role],
       params,
       config,
       tokenizer=workspace.tokenizer,
       eos_ids=workspace.eos_ids,
     )
-  run.done(**{names[role]: str(folder / names[role]) for role in roles})
+    adapter = workspace.path(objective) / "adapters" / _EXPORTED[role]
+    if adapter.exists() and workspace.is_chief:
+      shutil.copytree(adapter, folder / f"{_EXPORTED[role]}_adapter")
+  run.done(**{_EXPORTED[role]: str(folder / _EXPORTED[role]) for role in roles})
 
 
 def sample_responses(

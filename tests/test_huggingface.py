@@ -191,6 +191,30 @@ def test_export_is_the_critic_that_was_trained(trained):
   assert "score.weight" in load_file(path / "model.safetensors")
 
 
+def test_export_holds_the_adapters_alone_too(trained, checkpoint):
+  folder = trained.path("export")
+  adapter = load_file(folder / "value_adapter" / "adapter_model.safetensors")
+  settings = json.loads(
+    (folder / "value_adapter" / "adapter_config.json").read_text()
+  )
+  assert settings["base_model_name_or_path"] == str(checkpoint)
+  base = load_file(checkpoint / "model.safetensors")
+  merged = load_file(folder / "value" / "model.safetensors")
+  scale = settings["lora_alpha"] / settings["r"]
+  names = [n.removesuffix(".lora_A.weight") for n in adapter if "lora_A" in n]
+  assert len(names) == 2 * 7  # layers, targets
+  moved = 0.0
+  for name in names:
+    down = adapter[f"{name}.lora_A.weight"]
+    update = scale * adapter[f"{name}.lora_B.weight"] @ down
+    leaf = name.removeprefix("base_model.model.") + ".weight"
+    want = base[leaf] + update
+    np.testing.assert_allclose(merged[leaf], want, atol=1e-6)
+    moved = max(moved, np.abs(update).max())
+  assert moved > 1e-3
+  assert not (folder / "policy_adapter").exists()
+
+
 def test_export_does_not_overwrite_unasked(trained):
   with pytest.raises(ConfigError, match="--overwrite"):
     pipeline.export(trained)

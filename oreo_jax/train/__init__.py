@@ -4,6 +4,7 @@ from oreo_jax.train.loop import DivergedError, PreemptedError, fit
 from oreo_jax.train.state import (
   Setup,
   TrainState,
+  full_configs,
   full_params,
   init_state,
   make_setup,
@@ -18,6 +19,7 @@ __all__ = [
   "Setup",
   "TrainState",
   "fit",
+  "full_configs",
   "full_params",
   "init_state",
   "make_setup",

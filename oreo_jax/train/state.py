@@ -237,13 +237,19 @@ def full_params(
   return {**full, "critic": critic}
 
 
+def full_configs(setup: Setup) -> dict[str, ModelConfig]:
+  """Returns the architectures of `full_params`, adapters included."""
+  configs = {"policy": setup.policy, "critic": setup.policy}
+  if setup.critic is not None and setup.critic_kind == "lora":
+    configs["critic"] = setup.critic
+  return configs
+
+
 def plain_models(
   full: dict[str, Params], setup: Setup
 ) -> tuple[dict[str, Params], ModelConfig]:
   """Returns the models of `full_params` with adapters merged, to be saved."""
-  adapted = {"policy": setup.policy, "critic": setup.policy}
-  if setup.critic is not None and setup.critic_kind == "lora":
-    adapted["critic"] = setup.critic
+  adapted = full_configs(setup)
   plain = {}
   for role, params in full.items():
     plain[role], config = models.merge_adapters(params, adapted[role])
