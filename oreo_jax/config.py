@@ -203,6 +203,9 @@ class TrainConfig(StageConfig):
   beta: float = 0.03  # strength of the KL in the soft Bellman equation
   alpha: float = 0.01  # weight of the KL regulariser
   critic_lr: float = 5e-6  # peak learning rate of the value network
+  # Of its head; 0: critic_lr. A step of Adam moves V by up to the rate times
+  # the sum of |hidden|, hundreds in a pre-trained model.
+  value_head_lr: float = 0.0
   kl: str = "reverse"  # reverse | forward (exact, whole vocabulary) | k3
   kl_target: float = 0.0  # > 0: alpha is learned to hold this KL
   alpha_lr: float = 1e-2  # Adam rate of log(alpha) when it is learned
@@ -232,6 +235,9 @@ class TrainConfig(StageConfig):
     _choice(self.dpo_variant, "train.dpo_variant", ("sigmoid", "ipo"))
     _require(self.beta > 0, "train.beta", "must be positive")
     _require(self.alpha >= 0, "train.alpha", "must not be negative")
+    _require(
+      self.value_head_lr >= 0, "train.value_head_lr", "must not be negative"
+    )
     _require(
       0 <= self.critic_warmup < 1,
       "train.critic_warmup",

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from oreo_jax.config import StageConfig
+from oreo_jax.config import StageConfig, TrainConfig
 
 # Matrices decay, norms and biases do not. Named, because stacking the layers
 # gives a norm two dimensions as well.
@@ -78,6 +78,17 @@ def make_optimizer(
   return chain._replace(update=as_optax_expects(chain.update))
 
 
+def make_critic_optimizer(
+  config: TrainConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Returns the value network's optimiser: its head may have its own rate."""
+  optimizer = make_optimizer(config, config.critic_lr, num_steps)
+  if not config.value_head_lr:
+    return optimizer
+  ratio = config.value_head_lr / config.critic_lr
+  return optax.chain(optimizer, optax.masked(optax.scale(ratio), _head_mask))
+
+
 def make_alpha_optimizer(lr: float) -> optax.GradientTransformation:
   """Returns the Adam that learns log(alpha)."""
   adam = optax.adam(lr)
@@ -85,6 +96,15 @@ def make_alpha_optimizer(lr: float) -> optax.GradientTransformation:
 
 
 def _decay_mask(params: Any) -> Any:
+  return _mask(params, _DECAYED)
+
+
+def _head_mask(params: Any) -> Any:
+  return _mask(params, ("value_head",))
+
+
+def _mask(params: Any, names: tuple[str, ...]) -> Any:
+  """Returns the same tree with True where the leaf has one of the names."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: path[-1].key in _DECAYED, params
+    lambda path, _: path[-1].key in names, params
   )

@@ -14,6 +14,7 @@ from oreo_jax.models import Params
 from oreo_jax.sharding import replicated, shardings_of
 from oreo_jax.train.optim import (
   make_alpha_optimizer,
+  make_critic_optimizer,
   make_optimizer,
   make_schedule,
 )
@@ -70,7 +71,7 @@ class Setup:
       moving = steps - self.frozen_steps
       found["policy"] = make_optimizer(stage, stage.lr, moving)
     if self.critic is not None:
-      found["critic"] = make_optimizer(stage, self.train.critic_lr, steps)
+      found["critic"] = make_critic_optimizer(self.train, steps)
     if self.learns_alpha:
       found["log_alpha"] = make_alpha_optimizer(self.train.alpha_lr)
     return found

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from oracles import tiny
 
-from oreo_jax.config import StageConfig
-from oreo_jax.train.optim import make_optimizer, make_schedule
+from oreo_jax.config import StageConfig, TrainConfig
+from oreo_jax.train.optim import (
+  make_critic_optimizer,
+  make_optimizer,
+  make_schedule,
+)
 
 STEPS, PEAK = 50, 0.2
 
@@ -66,6 +70,24 @@ def test_only_matrices_decay():
     else:
       assert name in ("scale", "bias", "value_head")
       assert not np.any(update)
+
+
+def test_the_value_head_can_have_a_rate_of_its_own():
+  config = TrainConfig(critic_lr=0.1, schedule="constant", warmup=0.0)
+  params = tiny.draw_params(head="value")
+  ones = jax.tree.map(jnp.ones_like, params)
+
+  def updates(config):
+    optimizer = make_critic_optimizer(config, STEPS)
+    return optimizer.update(ones, optimizer.init(params), params)[0]
+
+  same = updates(config)
+  config.value_head_lr = 0.02
+  found = updates(config)
+  # Adam's first step has the size of the rate.
+  np.testing.assert_allclose(same.pop("value_head"), -0.1, rtol=1e-5)
+  np.testing.assert_allclose(found.pop("value_head"), -0.02, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, found, same)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
