@@ -178,6 +178,14 @@ def micro_batches(batch: Any, parts: int) -> Any:
   return jax.tree.map(split, batch)
 
 
+def wait_for_all(event: str) -> None:
+  """Returns once every process has come to this event."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(event)
+
+
 def to_host(tree: Any) -> Any:
   """Returns the tree as NumPy arrays, gathered over the processes."""
   if jax.process_count() > 1:

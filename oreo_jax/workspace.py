@@ -29,7 +29,7 @@ from oreo_jax.config import (
 )
 from oreo_jax.models import Params
 from oreo_jax.models.hf_import import load_eos_ids, load_hf_config
-from oreo_jax.sharding import make_mesh, shardings_of
+from oreo_jax.sharding import make_mesh, shardings_of, wait_for_all
 
 # Settings that a stage's outcome depends on, its own and those before it.
 _BEFORE = ("seed", "init", "model", "task", "data")
@@ -302,6 +302,8 @@ class StageRun:
     if self._workspace.is_chief:
       folder = self._workspace.path(self._stage)
       write_json(folder / "record.json", record)
+    # Other processes look for it next.
+    wait_for_all(f"{self._stage} is done")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -15,24 +15,34 @@ ROOT = pathlib.Path(__file__).parents[1]
 MAZE = ROOT / "configs" / "maze.py"
 
 
-def oreo(*arguments, cwd):
-  """Runs `python -m oreo_jax`; returns its code, and what it printed."""
+def start(*arguments, cwd, devices=2, **variables):
+  """Starts `python -m oreo_jax` on simulated devices."""
   environment = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    **variables,
   }
-  done = subprocess.run(
+  return subprocess.Popen(
     [sys.executable, "-m", "oreo_jax", *map(str, arguments)],
-    capture_output=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     text=True,
     cwd=cwd,
     env=environment,
-    timeout=900,
   )
-  return done.returncode, done.stdout, done.stderr
+
+
+def oreo(*arguments, cwd, devices=2):
+  """Runs `python -m oreo_jax`; returns its code, and what it printed."""
+  process = start(*arguments, cwd=cwd, devices=devices)
+  try:
+    output, error = process.communicate(timeout=900)
+  finally:
+    process.kill()
+  return process.returncode, output, error
 
 
 @pytest.mark.parametrize(
@@ -164,3 +174,68 @@ def test_run_from_end_to_end_and_again(tmp_path):
   )
   assert code == 2
   assert "config.train.beta" in error and "--overwrite" in error
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+  rows = [
+    {"prompt": f"{i} + 1?", "response": f"{i + j}", "reward": int(j == 1)}
+    for i in range(40)
+    for j in (1, 2)
+  ]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  command = [
+    "train",
+    f"--config={ROOT / 'configs' / 'trajectories.py'}:tiny",
+    f"--config.data.path={path}",
+    "--config.data.tokenizer=byte",
+    "--config.data.row_length=32",
+    "--config.data.held_out=0.2",
+    "--config.mesh.fsdp=2",
+    "--config.train.max_steps=3",
+    "--config.train.batch_size=8",
+    "--config.train.log_every=1",
+  ]
+  code, _, error = oreo(*command, "--workdir=one", cwd=tmp_path, devices=4)
+  assert code == 0, error[-3000:]
+  # What SLURM tells two tasks of a job.
+  job = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_NTASKS": "2",
+  }
+  tasks = [
+    start(
+      *command,
+      "--workdir=two",
+      "--distributed",
+      cwd=tmp_path,
+      SLURM_PROCID=str(task),
+      SLURM_LOCALID=str(task),
+      **job,
+    )
+    for task in range(2)
+  ]
+  try:
+    for task in tasks:
+      error = task.communicate(timeout=600)[1]
+      assert task.returncode == 0, error[-3000:]
+  finally:
+    for task in tasks:
+      task.kill()
+  one, two = (
+    [
+      json.loads(line)
+      for line in (tmp_path / run / "oreo" / "metrics.jsonl").open()
+    ]
+    for run in ("one", "two")
+  )
+  assert len(one) == len(two) == 3
+  for name in ("loss", "grad_norm/policy", "grad_norm/critic"):
+    assert [r[name] for r in two] == pytest.approx(
+      [r[name] for r in one], rel=1e-4
+    )
+  name = "heldout/pooled_auc"
+  assert two[-1][name] == pytest.approx(one[-1][name], abs=1e-6)
