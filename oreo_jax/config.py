@@ -51,6 +51,7 @@ class ModelConfig:
   lora_rank: int = 0  # set by critic.kind and lora.policy; 0: no adapters
   lora_alpha: float = 0.0  # updates are scaled by lora_alpha / lora_rank
   lora_targets: tuple = ()  # projections that carry adapters
+  lora_layers: int = 0  # adapters are trained in the last n layers; 0: in all
   family: str = ""  # Hugging Face model_type of exports; empty: one that fits
   max_positions: int = 0  # longest sequence it was trained for; 0: not stated
 
@@ -264,10 +265,14 @@ class LoraConfig:
   rank: int = 64  # r
   alpha: float = 64.0  # updates are scaled by alpha / rank
   targets: tuple = ("q", "k", "v", "o", "gate", "up", "down")
+  # Adapt the last n layers; 0: all. Those below need no backward pass and keep
+  # no activations for one.
+  last_layers: int = 0
 
   def validate(self) -> None:
     """Raises ConfigError on an empty adapter or unknown target."""
     _require(self.rank > 0, "lora.rank", "must be positive")
+    _require(self.last_layers >= 0, "lora.last_layers", "must not be negative")
     for target in self.targets:
       _choice(
         target, "lora.targets", ("q", "k", "v", "o", "gate", "up", "down")

@@ -186,7 +186,17 @@ class Decoder(nnx.Module):
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[c.remat])
-    x, _ = jax.lax.scan(layer, self._embed(tokens), stacked, unroll=c.unroll)
+    x = self._embed(tokens)
+    if c.lora_layers:
+      # Nothing is trained below the adapted layers. Cut off at both entrances,
+      # so that no tangent, residual or backward pass of them is ever made.
+      count = c.num_layers - c.lora_layers
+      frozen = jax.tree.map(lambda p: p[:count], stacked)
+      stacked = jax.tree.map(lambda p: p[count:], stacked)
+      x, _ = jax.lax.scan(
+        layer, *jax.lax.stop_gradient((x, frozen)), unroll=c.unroll
+      )
+    x, _ = jax.lax.scan(layer, x, stacked, unroll=c.unroll)
     return self.final_norm(x)
 
   def read(self, tokens, positions, cache):

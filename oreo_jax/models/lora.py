@@ -105,8 +105,14 @@ def add_adapters(key: jax.Array, params: Params, config: ModelConfig) -> Params:
     config: with `lora_rank` and `lora_targets` set.
 
   Raises:
-    ValueError: when the config asks for no adapters.
+    ValueError: when the config asks for no adapters, or for more layers of
+      them than there are.
   """
+  if config.lora_layers > config.num_layers:
+    raise ValueError(
+      f"config.lora.last_layers={config.lora_layers}: the model has "
+      f"{config.num_layers} layers; set --config.lora.last_layers=0 for all"
+    )
   if not (config.lora_rank and config.lora_targets):
     raise ValueError(
       "config: lora_rank and lora_targets must be set to add adapters"
@@ -177,7 +183,7 @@ def merge_adapters(
       wide = kernel.astype(jnp.float32) + update
       layers[name]["kernel"] = wide.astype(kernel.dtype)
   plain = dataclasses.replace(
-    config, lora_rank=0, lora_alpha=0.0, lora_targets=()
+    config, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_layers=0
   )
   return {**params, "layers": layers}, plain
 

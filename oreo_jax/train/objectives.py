@@ -127,7 +127,9 @@ def forward(
 
 
 def _without_adapters(config: ModelConfig) -> ModelConfig:
-  return dataclasses.replace(config, lora_rank=0, lora_targets=())
+  return dataclasses.replace(
+    config, lora_rank=0, lora_targets=(), lora_layers=0
+  )
 
 
 def sft(params, out: Forward, rows: Batch, whole: Counts, setup: Setup):

@@ -112,6 +112,7 @@ def make_setup(
     "lora_rank": config.lora.rank,
     "lora_alpha": config.lora.alpha,
     "lora_targets": config.lora.targets,
+    "lora_layers": config.lora.last_layers,
   }
   policy = config.model
   if config.lora.policy and objective != "value":

@@ -160,3 +160,49 @@ def test_adapter_directory_holds_what_peft_reads(tmp_path):
   )
   with pytest.raises(ValueError, match="there are no adapters to save"):
     save_adapter(tmp_path / "none", make(PLAIN), PLAIN)
+
+
+def test_only_the_last_layers_are_trained():
+  params, all_layers = adapted(), ADAPTED
+  last = dataclasses.replace(ADAPTED, lora_layers=1)
+  assert PLAIN.num_layers == 2
+  base, trained = split_adapters(params)
+
+  @functools.partial(jax.jit, static_argnames="config")
+  def gradient(trained, config):
+    def loss(trained):
+      hidden = apply(join_adapters(base, trained), TOKENS, config).hidden
+      return jnp.sum(hidden**2)
+
+    return jax.value_and_grad(loss)(trained)
+
+  want_loss, want = gradient(trained, all_layers)
+  loss, found = gradient(trained, last)
+  np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+  for got, whole in zip(
+    jax.tree.leaves(found), jax.tree.leaves(want), strict=True
+  ):
+    assert np.abs(whole[0]).max() > 0
+    assert not np.any(got[0])
+    np.testing.assert_allclose(got[1], whole[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_frozen_layers_keep_nothing_for_a_backward_pass():
+  base, trained = split_adapters(adapted())
+
+  def residuals(config):
+    def hidden(trained):
+      return apply(join_adapters(base, trained), TOKENS, config).hidden
+
+    return sum(
+      leaf.size for leaf in jax.tree.leaves(jax.vjp(hidden, trained)[1])
+    )
+
+  last = dataclasses.replace(ADAPTED, lora_layers=1)
+  assert residuals(last) < 0.75 * residuals(ADAPTED)
+
+
+def test_more_adapted_layers_than_layers_is_an_error():
+  config = dataclasses.replace(ADAPTED, lora_layers=3)
+  with pytest.raises(ValueError, match="--config.lora.last_layers=0"):
+    add_adapters(jax.random.key(0), make(PLAIN), config)
