@@ -128,6 +128,15 @@ def train_objective(workspace: Workspace, objective: str) -> None:
     lambda chosen: _tokenize(workspace, chosen, granularity),
     workspace.config.train,
   )
+  if used and not sequences:
+    right = sum(t.reward > 0.5 for t in used)
+    raise ConfigError(
+      f"config.train.objective={objective!r} finds nothing to learn from in "
+      f"{len(used)} trajectories, {right} of them right: rejection sampling "
+      "needs right answers, DPO right and wrong ones to the same problem; "
+      "collect more with --config.collect.samples, or start from a better "
+      "policy"
+    )
   base = workspace.start_policy()
   figures: dict[str, Any] = {}
   steps = _train(workspace, objective, sequences, base, held_out, figures)

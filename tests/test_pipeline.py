@@ -105,6 +105,17 @@ def test_no_trajectories_says_what_to_do(tmp_path):
     workspace.trajectories()
 
 
+@pytest.mark.parametrize("objective", ["rejection", "dpo"])
+def test_nothing_to_learn_from_says_why(tmp_path, objective):
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(b"\n".join([with_field(reward=0.0)] * 3) + b"\n")
+  workspace = Workspace(
+    file_config(path, row_length=64, held_out=0.0), tmp_path / "run"
+  )
+  with pytest.raises(ConfigError, match="3 trajectories, 0 of them right"):
+    pipeline.train_objective(workspace, objective)
+
+
 @pytest.mark.parametrize("stage", [pipeline.sft, pipeline.collect])
 def test_stages_that_need_a_task_say_so(tmp_path, stage):
   workspace = Workspace(file_config(tmp_path / "none"), tmp_path / "run")
