@@ -348,17 +348,17 @@ class CompareConfig:
 
   seeds: int = 3  # each with its own SFT policy and trajectories
   methods: tuple = METHODS  # besides SFT, where all of them start
-  # Of collect.problems, how many are sampled. The default is what two CPU cores
-  # get through in about an hour (maze).
+  # Of collect.problems, how many are sampled (maze: about an hour on two CPU
+  # cores).
   share: float = 0.3
   validation_problems: int = 500  # for the choice of a learning rate
   rounds: int = 3  # of the plot of iterations (paper's figure 2); 1: none
   round_methods: tuple = ("oreo_token", "rejection")  # drawn in that plot
   round_seeds: int = 1  # seeds that go through the rounds
 
-  # The methods. Every one searches as many learning rates as the others; the
-  # grids stand where the paper's rates do relative to OREO's, but not as far
-  # down: 1/100 of the rate teaches a small model nothing in three epochs.
+  # The methods. The grids reach from where the paper's rates lie relative to
+  # OREO's, and further down where a small model came apart (maze: KTO from a
+  # tenth of OREO's rate on, DQO from OREO's own).
   rejection: MethodConfig = dataclasses.field(
     # Paper: the rate of OREO. Neither beta nor alpha is read.
     default_factory=lambda: MethodConfig("rejection")
@@ -366,18 +366,20 @@ class CompareConfig:
   dpo: MethodConfig = dataclasses.field(
     # Paper: beta 0.1 and a tenth of OREO's rate.
     default_factory=lambda: MethodConfig(
-      "dpo", beta=0.1, alpha=0.0, lr_scales=(0.03, 0.1, 0.3)
+      "dpo", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03, 0.1, 0.3)
     )
   )
   kto: MethodConfig = dataclasses.field(
     # Paper: a hundredth of OREO's rate; beta 0.1 is KTO's own default.
     default_factory=lambda: MethodConfig(
-      "kto", beta=0.1, alpha=0.0, lr_scales=(0.1, 0.3, 1.0)
+      "kto", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03, 0.1, 0.3, 1.0)
     )
   )
   dqo: MethodConfig = dataclasses.field(
     # Paper: OREO's beta. DQO has no KL term beside that of beta.
-    default_factory=lambda: MethodConfig("dqo", alpha=0.0)
+    default_factory=lambda: MethodConfig(
+      "dqo", alpha=0.0, lr_scales=(0.1, 0.3, 1.0, 3.0)
+    )
   )
   oreo_token: MethodConfig = dataclasses.field(
     # Paper: beta 0.03, alpha 0.01.

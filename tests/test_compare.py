@@ -143,9 +143,11 @@ def test_settings_of_a_comparison():
     CompareConfig(share=0.0).validate()
   with pytest.raises(ConfigError, match="round_seeds"):
     CompareConfig(seeds=1, round_seeds=2).validate()
-  # A fair search: nobody gets more tries than the others.
+  # A fair search: OREO gets no more tries than the others.
   table = CompareConfig()
-  assert len({len(getattr(table, name).lr_scales) for name in METHODS}) == 1
+  tried = {name: len(getattr(table, name).lr_scales) for name in METHODS}
+  ours = [count for name, count in tried.items() if name.startswith("oreo")]
+  assert max(ours) <= min(tried.values())
 
 
 def test_a_seed_moves_all_draws_but_the_split():
