@@ -124,7 +124,7 @@ def test_the_critic_can_go_on(rounds, tmp_path):
   directory, _ = rounds
   copy = tmp_path / "copy"
   shutil.copytree(directory, copy)
-  for stage in ("oreo", "test"):
+  for stage in ("oreo", "test", "evaluate"):
     shutil.rmtree(copy / "round2" / stage)
   run(copy, rounds=2, round_critic="continue")
   heads = []
