@@ -10,14 +10,15 @@ The trajectories are a file of yours, one {"prompt", "response", "reward"} a
 line. Made for the example model solutions that OpenAI published with GSM8K
 (grade-school-math, example_model_solutions): answers of four models to every
 problem, which go in with their calculator annotations as they are. Of 4,000
-answers to 1,000 problems the 250 steps read 1,600, about half an epoch.
+answers to 1,000 problems the 400 steps read 2,700, most of an epoch.
 
 Objective `value`: the policy stays what it is, so its log-ratio is 0, no policy
 runs at all, and the target of every token is the reward. The critic is the
 frozen base with adapters; there is one copy of the base in memory.
 
-Hardware: CPU, float32, 6 GB. A step takes 8.6 seconds of one core, so the run
-about 20 minutes of two free ones. The paper has no figure for this model.
+Hardware: CPU, float32, 6 GB. 25 minutes of two cores, and 6 for the judging. What
+came of it stands in docs/huggingface.md: as yet no better than chance within a
+problem. The paper has no figure for this model.
 """
 
 from oreo_jax.config import (
@@ -47,12 +48,12 @@ def get_config() -> Config:
       objective="value",
       batch_size=4,
       epochs=1.0,
-      max_steps=250,
+      max_steps=400,
       critic_lr=3e-4,
       warmup=0.05,
       log_every=5,
       measure_every=0,
-      checkpoint_every=25,
+      checkpoint_every=50,
       keep_checkpoints=1,
     ),
   )
