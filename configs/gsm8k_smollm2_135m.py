@@ -16,9 +16,9 @@ Objective `value`: the policy stays what it is, so its log-ratio is 0, no policy
 runs at all, and the target of every token is the reward. The critic is the
 frozen base with adapters; there is one copy of the base in memory.
 
-Hardware: CPU, float32, 6 GB. 25 minutes of two cores, and 6 for the judging. What
-came of it stands in docs/huggingface.md: as yet no better than chance within a
-problem. The paper has no figure for this model.
+Hardware: CPU, float32, 6 GB. 25 minutes of two cores, and 6 for the judging.
+What came of it stands in docs/huggingface.md: as yet no better than chance
+within a problem. The paper has no figure for this model.
 """
 
 from oreo_jax.config import (
