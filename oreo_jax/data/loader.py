@@ -47,9 +47,12 @@ class Loader:
     shuffle: bool,
     drop_last: bool,
     max_segments: int | None,
+    given: np.ndarray,
     dropped: int,
   ):
     self._groups = groups
+    # Of each group, its place among all that were given.
+    self._given = given
     self._group_size = len(groups[0])
     self._slots = np.array(
       [sum(len(s.tokens) - 1 for s in group) for group in groups]
@@ -133,13 +136,15 @@ class Loader:
 
     Returns:
       i32[B, max_segments]: the index of the sequence with segment id k + 1 in
-      column k, -1 where there is none. Indices count the sequences that were
-      kept, in the order given; those of pair k are 2k and 2k + 1.
+      column k, -1 where there is none. Indices count the sequences as they
+      were given to `make_loader`, dropped ones too; those of pair k are 2k and
+      2k + 1.
     """
     indices = np.full((self.local_rows, self.max_segments), -1, np.int32)
     size = self._group_size
     for row, groups in enumerate(self._rows(step)[self._local]):
-      members = (groups[:, None] * size + np.arange(size)).ravel()
+      given = self._given[groups]
+      members = (given[:, None] * size + np.arange(size)).ravel()
       indices[row, : len(members)] = members
     return indices
 
@@ -241,8 +246,8 @@ def make_loader(
       f"process_index is {process_index}, expected 0..{process_count - 1}"
     )
   groups = [(s,) if isinstance(s, Tokenized) else tuple(s) for s in sequences]
-  kept = [group for group in groups if _fits(group, row_length, on_long)]
-  dropped = len(groups) - len(kept)
+  given = np.flatnonzero([_fits(g, row_length, on_long) for g in groups])
+  dropped = len(groups) - len(given)
   if dropped:
     logging.warning(
       "dropped %d of %d sequences longer than a row of %d slots",
@@ -250,13 +255,13 @@ def make_loader(
       len(groups),
       row_length,
     )
-  if not kept:
+  if not given.size:
     raise ValueError(
       "there is no sequence to load; check --config.data.path and"
       " --config.data.row_length"
     )
   return Loader(
-    kept,
+    [groups[index] for index in given],
     batch_size=batch_size,
     row_length=row_length,
     seed=seed,
@@ -267,6 +272,7 @@ def make_loader(
     shuffle=shuffle,
     drop_last=drop_last,
     max_segments=max_segments,
+    given=given,
     dropped=dropped,
   )
 

@@ -122,6 +122,18 @@ def test_not_shuffled_visits_in_order_without_packing():
   assert np.concatenate(indices).tolist() == [0, 1, 2, 3, 4, 5, 6, -1]
 
 
+def test_indices_count_the_sequences_that_were_dropped_too():
+  loader = make_loader(
+    make_sequences(40), batch_size=4, row_length=20, on_long="skip"
+  )
+  assert 0 < loader.dropped < 40
+  for step in range(loader.num_steps):
+    batch, indices = loader.batch(step), loader.sequence_indices(step)
+    for row, slot in zip(*np.nonzero(batch.segment_ids), strict=True):
+      named = indices[row, batch.segment_ids[row, slot] - 1]
+      assert batch.tokens[row, slot] // 1000 == named
+
+
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_the_batch(process_count):
   sequences = make_sequences(50)
