@@ -240,7 +240,11 @@ def check_overrides(arguments: Sequence[str]) -> None:
   if not files:
     return
   parser = config_flags.config_flags.ConfigFileFlagParser("config")
-  config = parser.parse(files[-1])
+  try:
+    config = parser.parse(files[-1])
+  except ConfigError as error:
+    # The parser buries the message under a traceback.
+    raise ConfigError(f"{files[-1]}: {error.__context__}") from error
   if not isinstance(config, Config):
     return
   valid = field_paths(config)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from oreo_jax import cli
-from oreo_jax.config import ConfigError
+from oreo_jax.config import Config, ConfigError, save_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAZE = ROOT / "configs" / "maze.py"
@@ -88,6 +88,17 @@ def test_unknown_key_and_wrong_type_are_one_line_each(tmp_path):
   )
   assert code != 0 and "config.sft.lr" in error and "fast" in error
   assert "Traceback" not in error
+
+
+def test_saved_config_with_a_setting_that_is_gone_is_one_line(tmp_path):
+  path = tmp_path / "config.py"
+  save_config(Config(), path)
+  path.write_text(path.read_text().replace("'lr':", "'lrate':", 1))
+  with pytest.raises(ConfigError) as caught:
+    cli.check_overrides([f"--config={path}"])
+  assert str(caught.value) == (
+    f"{path}: config.sft.lrate is not a setting; did you mean config.sft.lr?"
+  )
 
 
 def test_bad_rows_through_the_command_line(tmp_path):
