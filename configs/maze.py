@@ -66,8 +66,8 @@ def get_config(variant: str = "default") -> Config:
       max_new_tokens=new_tokens, max_step_tokens=3, top_p=0.95
     ),
     # OREO's rate above was chosen on validation maps; the baselines search
-    # around it. With fewer trajectories than these the value is still learning
-    # what a wall is when training ends.
+    # around it. The share keeps it to an hour; the value is then still learning
+    # what a wall is when training ends (docs/comparison.md).
     compare=CompareConfig(
       share=0.3,
       oreo_token=MethodConfig("oreo", lr_scales=(1.0,)),

@@ -1,14 +1,13 @@
 """Held-out problems and how they are answered: sampled, graded, valued."""
 
 import time
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from oreo_jax import decode
 from oreo_jax.models import Params
-from oreo_jax.pipeline import sample_responses, tokenize_problems
+from oreo_jax.pipeline import grade, sample_responses, tokenize_problems
 from oreo_jax.tasks.task import Problem
 from oreo_jax.workspace import Workspace
 
@@ -18,12 +17,6 @@ class Bench(NamedTuple):
 
   workspace: Workspace
   problems: list[Problem]
-
-  def grade(self, responses: Sequence[str], finished: np.ndarray) -> np.ndarray:
-    """Returns f32[n], problem-major; a truncated answer earns 0."""
-    samples = len(responses) // len(self.problems)
-    repeated = [p for p in self.problems for _ in range(samples)]
-    return self.workspace.task.grade(repeated, responses) * finished
 
   def sample(
     self,
@@ -48,7 +41,8 @@ class Bench(NamedTuple):
       batch_size=settings.batch_size,
     )
     seconds = time.monotonic() - start
-    return self.grade(texts, answers.finished), texts, answers, seconds
+    rewards = grade(self.workspace, self.problems, texts, answers.finished)
+    return rewards, texts, answers, seconds
 
   def sampler(self) -> decode.Sampler:
     """Returns how samples and proposals are drawn."""

@@ -19,7 +19,7 @@ from oreo_jax.example import value_example
 from oreo_jax.heldout import evaluate_trajectories
 from oreo_jax.metrics import Progress
 from oreo_jax.models import Params
-from oreo_jax.pipeline import decode_text, tokenize_problems
+from oreo_jax.pipeline import decode_text, grade, tokenize_problems
 from oreo_jax.statistics import wilson_interval
 from oreo_jax.workspace import Workspace, write_json
 
@@ -226,7 +226,7 @@ def _search_methods(
       )
     seconds = time.monotonic() - start
     texts = decode_text(workspace, found.answers)
-    rewards = bench.grade(texts, found.answers.finished)
+    rewards = grade(workspace, bench.problems, texts, found.answers.finished)
     outcome = Outcome(rewards, float(found.proposed.mean()), seconds)
     label = f"{name} + beam search B={beams}"
     methods.append(_method(label, stage, "beam", beams, outcome))

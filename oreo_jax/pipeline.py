@@ -81,7 +81,10 @@ def collect(workspace: Workspace) -> None:
     ),
   )
   seconds = time.monotonic() - start
-  found = grade(workspace, problems, responses, answers.finished)
+  rewards = grade(workspace, problems, responses, answers.finished)
+  found = make_trajectories(
+    workspace, problems, responses, rewards, answers.finished
+  )
   kept = (
     construct.select_balanced(found, seed=settings.seed)
     if settings.select == "balanced"
@@ -331,22 +334,33 @@ def grade(
   problems: Sequence[Problem],
   responses: Sequence[str],
   finished: np.ndarray,
-) -> list[data.Trajectory]:
-  """Grades responses, problem-major; a truncated one earns 0."""
+) -> np.ndarray:
+  """Returns f32[n], a reward a response, problem-major; 0 if truncated."""
   samples = len(responses) // len(problems)
   repeated = [problem for problem in problems for _ in range(samples)]
-  rewards = workspace.task.grade(repeated, responses) * finished
+  return workspace.task.grade(repeated, responses) * finished
+
+
+def make_trajectories(
+  workspace: Workspace,
+  problems: Sequence[Problem],
+  responses: Sequence[str],
+  rewards: np.ndarray,
+  finished: np.ndarray,
+) -> list[data.Trajectory]:
+  """Returns the sampled responses, problem-major, as trajectories."""
+  samples = len(responses) // len(problems)
   return [
     make_trajectory(
       workspace,
-      problem,
+      problems[index // samples],
       response,
       float(reward),
-      id=f"{problem.id}/{index % samples}",
+      id=f"{problems[index // samples].id}/{index % samples}",
       truncated=not ended,
     )
-    for index, (problem, response, reward, ended) in enumerate(
-      zip(repeated, responses, rewards, finished, strict=True)
+    for index, (response, reward, ended) in enumerate(
+      zip(responses, rewards, finished, strict=True)
     )
     # A blank answer has no action to learn from; the reader refuses it.
     if response.strip()

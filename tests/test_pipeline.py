@@ -7,6 +7,7 @@ import logging
 import jax
 import numpy as np
 import pytest
+from oracles.runs import TINY_MODEL
 
 from oreo_jax import pipeline
 from oreo_jax.config import (
@@ -14,7 +15,6 @@ from oreo_jax.config import (
   ConfigError,
   DataConfig,
   MeshConfig,
-  ModelConfig,
   SftConfig,
   TaskConfig,
   TrainConfig,
@@ -24,14 +24,6 @@ from oreo_jax.train import PreemptedError
 from oreo_jax.workspace import Workspace
 
 GOOD = {"prompt": "1+1=", "response": "2\n", "reward": 1.0}
-MODEL = ModelConfig(
-  embed_dim=16,
-  num_layers=1,
-  num_heads=2,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=32,
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,7 +60,7 @@ BAD = {
 
 def file_config(path, **data):
   return Config(
-    model=MODEL,
+    model=TINY_MODEL,
     data=DataConfig(path=str(path), tokenizer="byte", **data),
     train=TrainConfig(batch_size=8),
   )
@@ -133,7 +125,7 @@ def test_a_mesh_that_does_not_divide_is_an_error(tmp_path):
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_an_error(tmp_path):
   config = file_config(tmp_path / "none")
-  config.model = dataclasses.replace(MODEL, vocab_size=17)
+  config.model = dataclasses.replace(TINY_MODEL, vocab_size=17)
   with pytest.raises(ConfigError, match="--config.model.vocab_size=0"):
     Workspace(config, tmp_path)
 
@@ -150,7 +142,7 @@ SFT = {
 
 def maze_config(**changes):
   return Config(
-    model=MODEL,
+    model=TINY_MODEL,
     mesh=MeshConfig(),
     task=TaskConfig("maze", {"variant": "easy"}),
     data=DataConfig(row_length=64),
@@ -203,5 +195,7 @@ def test_blank_answers_are_not_kept(tmp_path):
   workspace = Workspace(maze_config(), tmp_path)
   problems = workspace.task.problems("train", 2)
   responses = ["", "\n", "right b1\n", " "]
-  found = pipeline.grade(workspace, problems, responses, np.ones(4, bool))
+  found = pipeline.make_trajectories(
+    workspace, problems, responses, np.zeros(4), np.ones(4, bool)
+  )
   assert [t.id for t in found] == [f"{problems[1].id}/0"]

@@ -26,6 +26,7 @@ from oreo_jax.models.lora import (
   join_adapters,
   merge_adapters,
   split_adapters,
+  without_adapters,
 )
 from oreo_jax.models.presets import preset
 
@@ -55,4 +56,5 @@ __all__ = [
   "split_adapters",
   "value_params",
   "values",
+  "without_adapters",
 ]

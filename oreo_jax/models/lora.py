@@ -182,10 +182,14 @@ def merge_adapters(
       update = update.reshape(kernel.shape) * (config.lora_alpha / rank)
       wide = kernel.astype(jnp.float32) + update
       layers[name]["kernel"] = wide.astype(kernel.dtype)
-  plain = dataclasses.replace(
+  return {**params, "layers": layers}, without_adapters(config)
+
+
+def without_adapters(config: ModelConfig) -> ModelConfig:
+  """Returns the architecture of the base alone."""
+  return dataclasses.replace(
     config, lora_rank=0, lora_alpha=0.0, lora_targets=(), lora_layers=0
   )
-  return {**params, "layers": layers}, plain
 
 
 def _inputs(target: str) -> int:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from oreo_jax import losses, models
-from oreo_jax.config import ModelConfig, SftConfig, TrainConfig
+from oreo_jax.config import SftConfig, TrainConfig
 from oreo_jax.data import construct
 from oreo_jax.data.loader import Loader
 from oreo_jax.data.packing import Batch
@@ -90,7 +90,7 @@ def forward(
   reference = {}
   if needs_reference:
     reference = {
-      "ref_hidden": hidden(ref, _without_adapters(config)),
+      "ref_hidden": hidden(ref, models.without_adapters(config)),
       "ref_head": models.head_matrix(ref, config),
     }
     if setup.train.kl != "k3":
@@ -124,12 +124,6 @@ def forward(
       **head,
     ).logps
   return Forward(tokens, values, ema_logps)
-
-
-def _without_adapters(config: ModelConfig) -> ModelConfig:
-  return dataclasses.replace(
-    config, lora_rank=0, lora_targets=(), lora_layers=0
-  )
 
 
 def sft(params, out: Forward, rows: Batch, whole: Counts, setup: Setup):

@@ -22,20 +22,21 @@ TASK = {
   "max_moves": 3,
   "line_format": "cell",
 }
+TINY_MODEL = ModelConfig(
+  embed_dim=16,
+  num_layers=1,
+  num_heads=2,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=32,
+)
 
 
 def tiny_run(**changes) -> Config:
   """A few steps of a model of one layer; `changes` replace whole sections."""
   sections = {
     "task": TaskConfig(name="maze", options=TASK),
-    "model": ModelConfig(
-      embed_dim=16,
-      num_layers=1,
-      num_heads=2,
-      num_kv_heads=2,
-      head_dim=8,
-      mlp_dim=32,
-    ),
+    "model": TINY_MODEL,
     # So young a policy now and then answers with nothing but line breaks.
     "data": DataConfig(row_length=24, held_out=0.0, on_error="skip"),
     "sft": SftConfig(examples=64, batch_size=16, epochs=20.0, lr=1e-2),
