@@ -36,20 +36,28 @@ def get_config() -> Config:
   return Config(
     model=ModelConfig(unroll=30),
     critic=CriticConfig(kind="lora"),
-    lora=LoraConfig(rank=16, alpha=32.0),
+    # Nothing is trained in the first 22 layers, and no gradient computed.
+    lora=LoraConfig(rank=16, alpha=32.0, last_layers=8),
     data=DataConfig(
       # Attention over longer rows costs more than the few answers that do not
       # fit are worth; the evaluation takes them all.
       row_length=320,
       on_long="skip",
       held_out=0.1,
+      # Settings were chosen on a part of the other problems of this split.
+      seed=2,
     ),
     train=TrainConfig(
       objective="value",
+      # Of the hundred tokens of an answer most cannot know how it ends. The
+      # states between lines and after the last one learn faster.
+      granularity="step",
       batch_size=4,
-      epochs=1.0,
-      max_steps=400,
-      critic_lr=3e-4,
+      epochs=2.0,
+      max_steps=780,
+      critic_lr=1.5e-3,
+      # The head reads 576 large features: with the adapters' rate it jumps.
+      value_head_lr=1.5e-4,
       warmup=0.05,
       log_every=5,
       measure_every=0,
