@@ -84,7 +84,7 @@ def held_out_values(
     found = [sequences[i] for i in index]
     return value_aucs(
       np.array(last),
-      np.array([s.rewards.sum() > 0 for s in found]),
+      np.array([s.rewards.sum() > 0.5 for s in found]),
       [s.problem for s in found],
     )
 
