@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -109,9 +110,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 def save_tokenizer(
   tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[str]
 ) -> None:
-  """Writes a tokenizer, with its chat template, to a directory."""
-  pathlib.Path(path).mkdir(parents=True, exist_ok=True)
-  tokenizer.save_pretrained(str(path))
+  """Writes a tokenizer, with its chat template, to a new directory.
+
+  Under a temporary name until whole: another process may look for it.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_suffix(".partial")
+  shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
+  partial.mkdir(parents=True)
+  tokenizer.save_pretrained(str(partial))
+  partial.rename(path)
 
 
 def _byte_characters() -> list[str]:

@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 
@@ -52,6 +53,22 @@ def test_saved_is_loaded(tmp_path, kind):
     for name in ("bos", "eos", "pad"):
       name = f"{name}_token_id"
       assert getattr(again, name) == getattr(tokenizer, name)
+
+
+def test_half_a_tokenizer_never_has_its_name(tmp_path, monkeypatch):
+  tokenizer, place = make_tokenizer("byte"), tmp_path / "tokenizer"
+
+  def cut_off(folder):
+    (pathlib.Path(folder) / "tokenizer.json").write_text("{")
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(tokenizer, "save_pretrained", cut_off)
+    save_tokenizer(tokenizer, place)
+  assert not place.exists()
+  save_tokenizer(tokenizer, place)
+  assert encode(load_tokenizer(place), "ab") == encode(tokenizer, "ab")
+  assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
 def test_bad_requests(tmp_path):
