@@ -24,11 +24,8 @@ from oreo_jax.config import (
 def get_config(variant: str = "default") -> Config:
   """Returns the run's settings; variants: default, easy, hard."""
   # Two answers a row; of the hard ones one.
-  new_tokens, row_length = {
-    "easy": (40, 96),
-    "default": (50, 128),
-    "hard": (64, 96),
-  }[variant]
+  lengths = {"easy": (40, 96), "hard": (64, 96)}
+  new_tokens, row_length = lengths.get(variant, (50, 128))
   return Config(
     task=TaskConfig(
       name="arithmetic",
