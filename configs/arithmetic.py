@@ -5,6 +5,9 @@ alone, and a slip anywhere on the way spoils it.
 
   oreo run --config=configs/arithmetic.py --workdir=runs/arithmetic
   oreo compare --config=configs/arithmetic.py:easy
+
+Expected of the comparison, 1,000 test problems, three seeds: SFT 15%, rejection
+sampling 34%, OREO 32%, DQO 37% (docs/comparison.md).
 """
 
 from oreo_jax.config import (
@@ -59,8 +62,8 @@ def get_config(variant: str = "default") -> Config:
     evaluate=EvaluateConfig(
       max_new_tokens=new_tokens, max_step_tokens=16, top_p=0.95
     ),
-    # OREO has the maze's rate; the baselines try two each, about where their
-    # best lay on the maze.
+    # Two rates each, about where the best lay on the maze; step and response
+    # level go by the token level's.
     compare=CompareConfig(
       share=1 / 3,
       rounds=1,
@@ -68,7 +71,7 @@ def get_config(variant: str = "default") -> Config:
       dpo=MethodConfig("dpo", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03)),
       kto=MethodConfig("kto", beta=0.1, alpha=0.0, lr_scales=(0.003, 0.01)),
       dqo=MethodConfig("dqo", alpha=0.0, lr_scales=(0.03, 0.1)),
-      oreo_token=MethodConfig("oreo", lr_scales=(1.0,)),
+      oreo_token=MethodConfig("oreo", lr_scales=(1.0, 3.0)),
       oreo_step=MethodConfig("oreo", "step", alpha=0.1, lr_scales=(1.0,)),
       oreo_response=MethodConfig(
         "oreo", "response", alpha=0.3, lr_scales=(1.0,)
