@@ -39,21 +39,21 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def _sft(workspace) -> None:
-  from oreo_jax import pipeline
+  from oreo_jax.stages import pipeline
 
   pipeline.sft(workspace)
   _say_record(workspace, "sft")
 
 
 def _collect(workspace) -> None:
-  from oreo_jax import pipeline
+  from oreo_jax.stages import pipeline
 
   pipeline.collect(workspace)
   _say_record(workspace, "collect")
 
 
 def _train(workspace) -> None:
-  from oreo_jax import pipeline
+  from oreo_jax.stages import pipeline
 
   objective = workspace.config.train.objective
   pipeline.train_objective(workspace, objective)
@@ -61,7 +61,8 @@ def _train(workspace) -> None:
 
 
 def _evaluate(workspace) -> None:
-  from oreo_jax import evaluate, report
+  from oreo_jax import report
+  from oreo_jax.stages import evaluate
 
   install = os.environ.get("OREO_INSTALL_SECONDS")
   results = evaluate.evaluate(
@@ -71,7 +72,7 @@ def _evaluate(workspace) -> None:
 
 
 def _export(workspace) -> None:
-  from oreo_jax import pipeline
+  from oreo_jax.stages import pipeline
 
   pipeline.export(workspace)
   _say_record(workspace, "export")
@@ -86,7 +87,7 @@ def _report(workspace) -> None:
 
 
 def _run(workspace) -> None:
-  from oreo_jax import pipeline
+  from oreo_jax.stages import pipeline
 
   _sft(workspace)
   _collect(workspace)
@@ -99,7 +100,8 @@ def _run(workspace) -> None:
 
 
 def _iterate(workspace) -> None:
-  from oreo_jax import iterate, report
+  from oreo_jax import report
+  from oreo_jax.stages import iterate
 
   results = iterate.iterate(workspace)
   if workspace.is_chief:
@@ -110,7 +112,8 @@ def _iterate(workspace) -> None:
 
 
 def _compare(workspace) -> None:
-  from oreo_jax import compare, report
+  from oreo_jax import report
+  from oreo_jax.stages import compare
 
   results = compare.compare(workspace)
   _say(report.format_comparison(results))
@@ -175,7 +178,7 @@ def _main(argv: Sequence[str]) -> None:
 
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  from oreo_jax.workspace import Workspace
+  from oreo_jax.stages.workspace import Workspace
 
   directory = pathlib.Path(_WORKDIR.value or _default_workdir())
   if _OVERWRITE.value:

@@ -14,7 +14,6 @@ PACKAGE = Path(__file__).resolve().parents[1] / "oreo_jax"
 LAYERS = {
   "config": 0,
   "sharding": 0,
-  "statistics": 0,
   "losses": 1,
   "models": 1,
   "data": 1,
@@ -22,20 +21,11 @@ LAYERS = {
   "metrics": 1,
   "decode": 2,
   "train": 3,
-  "checkpoint": 3,
-  "bench": 4,
-  "evaluate": 4,
-  "example": 4,
-  "heldout": 4,
-  "values": 4,
-  "workspace": 4,
-  "report": 4,
-  "pipeline": 4,
-  "iterate": 4,
-  "compare": 4,
-  "aot": 4,
-  "cli": 5,
-  "__main__": 5,
+  "analysis": 4,
+  "stages": 5,
+  "report": 5,
+  "cli": 6,
+  "__main__": 6,
 }
 
 # Imported by one room only.
@@ -166,9 +156,9 @@ def test_a_good_tree_passes(make_tree):
       "models/__init__": "from flax import nnx",
       "train/__init__": "from .step import f",
       "train/step": "from oreo_jax import losses\nfrom ..config import x",
-      "pipeline": "from oreo_jax import __version__, evaluate",
-      "evaluate": "import oreo_jax.train.step",
-      "cli": "from absl import app, flags\nimport oreo_jax.pipeline",
+      "stages": "from oreo_jax import __version__, decode",
+      "decode": "import oreo_jax.config",
+      "cli": "from absl import app, flags\nimport oreo_jax.stages",
     }
   )
   assert violations(root) == []

@@ -5,16 +5,16 @@ from oreo_jax.data.errors import TrajectoryError
 from oreo_jax.data.loader import Loader, make_loader
 from oreo_jax.data.packing import Batch, pack
 from oreo_jax.data.schema import Pair, Trajectory, Turn
-from oreo_jax.data.segment import (
-  Tokenized,
-  tokenize_trajectories,
-  tokenize_trajectory,
-)
 from oreo_jax.data.steps import step_starts
 from oreo_jax.data.tokenizer import (
   load_tokenizer,
   make_tokenizer,
   save_tokenizer,
+)
+from oreo_jax.data.tokens import (
+  Tokenized,
+  tokenize_trajectories,
+  tokenize_trajectory,
 )
 from oreo_jax.data.trajectories import (
   load_pairs,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from oreo_jax.data.schema import Pair, Trajectory, stable_hash
-from oreo_jax.data.segment import Tokenized
+from oreo_jax.data.tokens import Tokenized
 
 
 def by_problem(

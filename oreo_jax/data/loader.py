@@ -17,7 +17,7 @@ from absl import logging
 from oreo_jax.data import construct, packing
 from oreo_jax.data.errors import check_choice
 from oreo_jax.data.packing import Batch
-from oreo_jax.data.segment import Tokenized
+from oreo_jax.data.tokens import Tokenized
 
 
 class Loader:

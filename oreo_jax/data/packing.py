@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from oreo_jax.data.segment import Tokenized
+from oreo_jax.data.tokens import Tokenized
 
 # Sequences are packed in windows of this many, longest first within a window:
 # full rows, while which sequences meet in a row stays random.

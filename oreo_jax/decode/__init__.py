@@ -1,6 +1,7 @@
 """Decoding: sampling, generation over a KV cache, value-guided search."""
 
 from oreo_jax.decode.batches import batched, generate_all, search_all
+from oreo_jax.decode.beam import Search, step_beam_search
 from oreo_jax.decode.generate import Generation, generate
 from oreo_jax.decode.rank import (
   BestOfN,
@@ -10,7 +11,6 @@ from oreo_jax.decode.rank import (
   reduce_values,
 )
 from oreo_jax.decode.sampling import ANCESTRAL, GREEDY, Sampler
-from oreo_jax.decode.search import Search, step_beam_search
 
 __all__ = [
   "ANCESTRAL",

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from oreo_jax.config import ModelConfig
+from oreo_jax.decode.beam import Search, step_beam_search
 from oreo_jax.decode.generate import Generation, generate
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
-from oreo_jax.decode.search import Search, step_beam_search
 from oreo_jax.models import Params
 
 Prompts = Sequence[Sequence[int]] | Sequence[np.ndarray]

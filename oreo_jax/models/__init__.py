@@ -2,7 +2,6 @@
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.models.decoder import Cache
-from oreo_jax.models.fold import fold_multipliers
 from oreo_jax.models.functional import (
   Output,
   Params,
@@ -19,8 +18,9 @@ from oreo_jax.models.functional import (
   value_params,
   values,
 )
-from oreo_jax.models.hf_export import save_adapter, save_hf
-from oreo_jax.models.hf_import import load_hf
+from oreo_jax.models.hf.fold import fold_multipliers
+from oreo_jax.models.hf.load import load_hf
+from oreo_jax.models.hf.save import save_adapter, save_hf
 from oreo_jax.models.lora import (
   add_adapters,
   join_adapters,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from oreo_jax.tasks.answers import MARKERS, extract_answer
-from oreo_jax.tasks.grading import MathGrader
+from oreo_jax.tasks.grading.answers import MARKERS, extract_answer
+from oreo_jax.tasks.grading.grader import MathGrader
 from oreo_jax.tasks.question_task import Example, QuestionTask
 from oreo_jax.tasks.rows import Row, field, read_rows
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from oreo_jax.tasks.answers import MARKERS, extract_answer
-from oreo_jax.tasks.grading import MathGrader
+from oreo_jax.tasks.grading.answers import MARKERS, extract_answer
+from oreo_jax.tasks.grading.grader import MathGrader
 from oreo_jax.tasks.question_task import Example, QuestionTask
 from oreo_jax.tasks.rows import Row, field, read_rows
 

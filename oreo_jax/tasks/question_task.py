@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from oreo_jax.tasks.answers import normalize_answer, plain_number
+from oreo_jax.tasks.grading.answers import normalize_answer, plain_number
 from oreo_jax.tasks.rows import Row, split_rows
 from oreo_jax.tasks.task import Problem, check_pairs, check_split
 

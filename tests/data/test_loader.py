@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from oreo_jax.data import make_loader
-from oreo_jax.data.segment import Tokenized
+from oreo_jax.data.tokens import Tokenized
 
 
 def make_sequences(count, *, low=3, high=40, seed=0):

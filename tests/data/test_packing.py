@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from oreo_jax.data import packing
-from oreo_jax.data.segment import Tokenized
+from oreo_jax.data.tokens import Tokenized
 
 
 def tokenized(tokens, prompt, reward):

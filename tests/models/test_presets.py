@@ -3,7 +3,7 @@
 import pytest
 
 from oreo_jax.models import abstract_params, count_params, preset
-from oreo_jax.models.hf_families import expresses
+from oreo_jax.models.hf.families import expresses
 from oreo_jax.models.presets import PRESETS
 
 

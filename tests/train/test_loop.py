@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from oracles import tiny
 
-from oreo_jax.checkpoint import Checkpoints
 from oreo_jax.config import Config, SftConfig
 from oreo_jax.data import make_loader
 from oreo_jax.train import DivergedError, PreemptedError, fit, make_setup
+from oreo_jax.train.checkpoint import Checkpoints
 
 STEPS = 6
 

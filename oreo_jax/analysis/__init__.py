@@ -1,0 +1,1 @@
+"""What results mean: statistics, values, in NumPy alone."""

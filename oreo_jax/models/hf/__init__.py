@@ -1,0 +1,1 @@
+"""Hugging Face: families, files, reading and writing checkpoints."""

@@ -1,0 +1,360 @@
+"""All methods on the same trajectories, several seeds (`oreo compare`).
+
+For every seed one SFT policy and one set of trajectories; every method starts
+there. With the first seed each method tries its learning rates and keeps the
+one best on validation problems; all seeds are then measured on the test split.
+
+compare/seed<s>/{sft,collect}/          where all methods of a seed start
+compare/seed<s>/start/                  the SFT policy, measured
+compare/seed<s>/<method>/lr_<lr>/       a cell: settings, training, accuracies
+compare/seed<s>/rounds/<method>/round<k>/   rounds after the first
+compare/{results.json,report.html}
+
+Each of these is done once; a run that was cut off goes on where it was.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from oreo_jax.analysis.statistics import bootstrap_interval, paired_test, spread
+from oreo_jax.config import Config, ConfigError, MethodConfig
+from oreo_jax.metrics import Progress
+from oreo_jax.stages import pipeline
+from oreo_jax.stages.iterate import (
+  Branch,
+  Origin,
+  check_rounds,
+  measure,
+  play_round,
+  round_config,
+)
+from oreo_jax.stages.workspace import Workspace, write_json
+from oreo_jax.train import DivergedError
+
+# Weights of the progress bar: about ten seconds each for the maze.
+_COST = {
+  "sft": 10,
+  "collect": 1,
+  "rejection": 2,
+  "dpo": 6,
+  "kto": 9,
+  "dqo": 9,
+  "oreo": 9,
+}
+_ROUND_FIGURES = ("accuracy", "interval", "correct", "total")
+
+
+class Comparison:
+  """The seeds, cells and rounds of one comparison, and how far it is."""
+
+  def __init__(self, workspace: Workspace, progress: Progress):
+    """Prepares; nothing runs yet."""
+    self.workspace = workspace
+    self.config = workspace.config
+    self.settings = workspace.config.compare
+    self.directory = workspace.directory / "compare"
+    self._progress = progress
+    self._counted: set[pathlib.Path] = set()
+
+  def home(self, seed: int) -> Workspace:
+    """Opens the SFT policy and the trajectories of a seed, made if need be."""
+    config = config_of_seed(self.config, seed)
+    home = Workspace(config, self.directory / f"seed{seed}")
+    pipeline.sft(home)
+    self._count(home.path("sft"), _COST["sft"])
+    pipeline.collect(home)
+    self._count(home.path("collect"), _COST["collect"])
+    return home
+
+  def start(self, home: Workspace) -> Branch:
+    """Opens the branch in which the SFT policy itself is measured."""
+    return Branch(home.config, home.directory / "start", Origin(home))
+
+  def cell(self, home: Workspace, name: str, lr: float) -> Branch:
+    """Opens one method with one learning rate on the data of a seed."""
+    method: MethodConfig = getattr(self.settings, name)
+    config = home.config
+    train = dataclasses.replace(
+      config.train,
+      objective=method.objective,
+      granularity=method.granularity,
+      beta=method.beta,
+      alpha=method.alpha,
+      epochs=method.epochs or config.train.epochs,
+      lr=lr,
+    )
+    config = dataclasses.replace(config, train=train)
+    if method.objective == "dpo":
+      config = _room_for_pairs(config)
+    directory = home.directory / name / f"lr_{lr:.3g}"
+    return Branch(config, directory, Origin(home), trajectories_of=home)
+
+  def train(self, cell: Branch) -> bool:
+    """Trains a cell; False if it diverged."""
+    objective = cell.config.train.objective
+    logging.info("compare: %s", cell.directory)
+    if cell.is_done("diverged"):
+      return False
+    try:
+      pipeline.train_objective(cell, objective)
+    except DivergedError as error:
+      logging.warning("%s: %s", cell.directory, error)
+      cell.begin("diverged").done(message=str(error))
+      return False
+    finally:
+      self._count(cell.directory, _COST[objective])
+    return True
+
+  def search(self, home: Workspace, name: str) -> list[dict[str, Any]]:
+    """Tries the learning rates of a method on the validation split."""
+    rates = learning_rates(self.config, name)
+    tried = []
+    # A grid of one leaves nothing to choose.
+    for lr in rates if len(rates) > 1 else ():
+      cell = self.cell(home, name, lr)
+      trained = self.train(cell)
+      objective = cell.config.train.objective
+      figures = measure(cell, objective, "validation") if trained else {}
+      tried.append(
+        {
+          "lr": lr,
+          "accuracy": figures.get("accuracy", 0.0),
+          "diverged": not trained,
+        }
+      )
+    return tried
+
+  def measured(self, cell: Branch) -> dict[str, Any]:
+    """Trains a cell if need be and measures it on the test split."""
+    if not self.train(cell):
+      raise ConfigError(
+        f"{cell.directory} diverged with the learning rate that was best for "
+        "the first seed: leave that rate out of --config.compare."
+        f"{cell.directory.parent.name}.lr_scales"
+      )
+    objective = cell.config.train.objective
+    figures = measure(cell, objective, self.config.evaluate.split)
+    return figures | {"seconds": cell.record(objective)["seconds"]}
+
+  def rounds(
+    self, home: Workspace, name: str, first: Branch
+  ) -> list[dict[str, Any]]:
+    """Iterates a method; its cell is the first round."""
+    split = self.config.evaluate.split
+    objective = first.config.train.objective
+    figures = measure(self.start(home), "", split), first.record(split)
+    rows = [
+      {"round": number} | {k: row[k] for k in _ROUND_FIGURES}
+      for number, row in enumerate(figures)
+    ]
+    last = first
+    for number in range(2, self.settings.rounds + 1):
+      last = Branch(
+        round_config(first.config, number),
+        home.directory / "rounds" / name / f"round{number}",
+        Origin(last, objective),
+      )
+      rows.append(play_round(last, number))
+      self._count(last.directory, _COST["collect"] + _COST[objective])
+    return rows
+
+  def _count(self, directory: pathlib.Path, cost: int) -> None:
+    """Moves the progress bar on, once a directory."""
+    if directory not in self._counted:
+      self._counted.add(directory)
+      self._progress.update(cost)
+
+
+def compare(workspace: Workspace) -> dict[str, Any]:
+  """Runs the comparison; returns what it wrote to `compare/results.json`.
+
+  Raises:
+    ConfigError: without a task, or with settings that cannot work.
+  """
+  config = workspace.config
+  settings = config.compare
+  if workspace.task is None:
+    raise ConfigError(
+      "a comparison needs problems to train and to measure on: set "
+      "--config.task.name"
+    )
+  if config.evaluate.split == "validation":
+    raise ConfigError(
+      "config.evaluate.split=validation chooses the learning rates of a "
+      "comparison: set --config.evaluate.split=test"
+    )
+  if settings.rounds > 1 and settings.round_seeds:
+    check_rounds(workspace, settings.rounds)
+  # A split that is too small is better noticed now than after the training.
+  workspace.task.problems("validation", settings.validation_problems)
+  workspace.task.problems(
+    config.evaluate.split, config.evaluate.problems or None
+  )
+  enabled = workspace.is_chief
+  total = planned_cost(config)
+  with Progress(total, "compare", unit="unit", enabled=enabled) as progress:
+    plan = Comparison(workspace, progress)
+    searched: dict[str, Any] = {}
+    chosen: dict[str, float] = {}
+    found: dict[str, list[dict[str, Any]]] = {"sft": []}
+    rounds: dict[str, Any] = {}
+    for seed in range(settings.seeds):
+      home = plan.home(seed)
+      sft = measure(plan.start(home), "", config.evaluate.split)
+      found["sft"].append(sft | {"seconds": home.record("sft")["seconds"]})
+      for name in settings.methods:
+        if seed == 0:
+          searched[name] = plan.search(home, name)
+          chosen[name] = best_rate(config, name, searched[name])
+        cell = plan.cell(home, name, chosen[name])
+        found.setdefault(name, []).append(plan.measured(cell))
+        if name in settings.round_methods and seed < settings.round_seeds:
+          if settings.rounds > 1:
+            rows = plan.rounds(home, name, cell)
+            rounds.setdefault(name, {})[str(seed)] = rows
+  results = {
+    "task": workspace.task.name,
+    "split": config.evaluate.split,
+    "seeds": list(range(settings.seeds)),
+    "problems": found["sft"][0]["total"],
+    "validation_problems": settings.validation_problems,
+    "searched": {k: v for k, v in searched.items() if v},
+    "chosen": chosen,
+    "methods": [
+      summarise(name, runs, found["sft"], chosen.get(name))
+      for name, runs in found.items()
+    ],
+    "rounds": rounds,
+    # Of all stages together.
+    "seconds": sum(
+      json.loads(path.read_text(encoding="utf-8"))["seconds"]
+      for path in plan.directory.rglob("record.json")
+    ),
+  }
+  if workspace.is_chief:
+    write_json(plan.directory / "results.json", results)
+  return results
+
+
+def learning_rates(config: Config, name: str) -> list[float]:
+  """Returns the learning rates of a method's grid, rising."""
+  scales = getattr(config.compare, name).lr_scales
+  return sorted({float(f"{config.train.lr * scale:.3g}") for scale in scales})
+
+
+def best_rate(config: Config, name: str, tried: list[dict[str, Any]]) -> float:
+  """Returns the rate of highest accuracy; of several, the lowest.
+
+  Args:
+    config: settings of the comparison.
+    name: of the method.
+    tried: rising rates, each {"lr", "accuracy", "diverged"}; empty for a grid
+      of one.
+
+  Raises:
+    ConfigError: if all of them diverged.
+  """
+  if not tried:
+    return learning_rates(config, name)[0]
+  sound = [cell for cell in tried if not cell["diverged"]]
+  if not sound:
+    raise ConfigError(
+      f"{name} diverged with all its learning rates: lower "
+      f"--config.compare.{name}.lr_scales"
+    )
+  return max(sound, key=lambda cell: cell["accuracy"])["lr"]
+
+
+def planned_cost(config: Config) -> int:
+  """Returns the length of the progress bar; see `_COST`."""
+  settings = config.compare
+  total = settings.seeds * (_COST["sft"] + _COST["collect"])
+  for name in settings.methods:
+    cost = _COST[getattr(settings, name).objective]
+    cells = settings.seeds - 1 + len(learning_rates(config, name))
+    total += cells * cost
+    if name in settings.round_methods:
+      rounds = settings.round_seeds * (settings.rounds - 1)
+      total += rounds * (cost + _COST["collect"])
+  return total
+
+
+def summarise(
+  name: str,
+  runs: list[dict[str, Any]],
+  sft: list[dict[str, Any]],
+  lr: float | None,
+) -> dict[str, Any]:
+  """Returns a row of the table.
+
+  Args:
+    name: of the method.
+    runs: its measurements, one a seed.
+    sft: those of the SFT policies of the same seeds.
+    lr: the learning rate chosen; None for SFT.
+
+  Returns:
+    Mean and spread over seeds and, but for SFT, the difference to SFT: its
+    interval resamples problems, keeping together what the seeds say of one,
+    and McNemar's test compares the policies of every seed.
+  """
+  over_seeds = spread(np.array([run["accuracy"] for run in runs]))
+  against = None
+  if name != "sft":
+    ours = np.array([run["rewards"] for run in runs])
+    theirs = np.array([run["rewards"] for run in sft])
+    tests = [paired_test(a, b) for a, b in zip(ours, theirs, strict=True)]
+    against = {
+      "difference": float((ours - theirs).mean()),
+      "interval": list(bootstrap_interval((ours - theirs).mean(axis=0))),
+      "p_values": [test.p_value for test in tests],
+      "only_method": [test.only_first for test in tests],
+      "only_sft": [test.only_second for test in tests],
+    }
+  return {
+    "method": name,
+    "lr": lr,
+    "accuracies": [run["accuracy"] for run in runs],
+    "mean": over_seeds.mean,
+    "std": over_seeds.std if over_seeds.count > 1 else None,
+    "against_sft": against,
+    "seconds": float(np.mean([run["seconds"] for run in runs])),
+  }
+
+
+def config_of_seed(config: Config, seed: int) -> Config:
+  """Moves every seed but that of the split of the data; sets the budget."""
+  moved = {
+    section: dataclasses.replace(
+      getattr(config, section), seed=getattr(config, section).seed + seed
+    )
+    for section in ("sft", "collect", "train")
+  }
+  moved["collect"] = dataclasses.replace(
+    moved["collect"],
+    problems=math.ceil(config.compare.share * config.collect.problems),
+  )
+  data = dataclasses.replace(config.data, path="")
+  return dataclasses.replace(
+    config, seed=config.seed + seed, data=data, **moved
+  )
+
+
+def _room_for_pairs(config: Config) -> Config:
+  """Doubles the rows' length and halves their number: a pair shares a row."""
+  length = config.data.row_length
+  data = dataclasses.replace(
+    config.data,
+    row_length=2 * length,
+    max_length=config.data.max_length or length + 1,
+  )
+  train = dataclasses.replace(
+    config.train, batch_size=max(config.train.batch_size // 2, 1)
+  )
+  return dataclasses.replace(config, data=data, train=train)

@@ -1,0 +1,328 @@
+"""What the value says of recorded trajectories of problems it never saw.
+
+For runs without a task: nothing can be sampled and graded, but the held-out
+trajectories have their labels. The value is compared with what costs nothing,
+the length of the answer and its mean log-probability under the base policy.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from oreo_jax import data, models
+from oreo_jax.analysis import values
+from oreo_jax.config import ConfigError, ModelConfig
+from oreo_jax.losses import token_logprobs
+from oreo_jax.metrics import Progress
+from oreo_jax.models import Params
+from oreo_jax.sharding import (
+  batch_sharding,
+  batch_shards,
+  replicated,
+  shard_whole_batch,
+  to_host,
+)
+from oreo_jax.stages.workspace import Workspace, write_json
+
+# Scores by name; the first is what the others are compared with.
+VALUE, START = "value, last state", "value, before the answer"
+LENGTH, LOGP = "length, shorter first", "mean log-probability, base policy"
+
+
+class Answer(NamedTuple):
+  """What the networks say of the tokens of one answer; f32[n]."""
+
+  values: np.ndarray  # of the state before each token
+  logps: np.ndarray  # of each token, under the base policy
+
+
+class Aucs(NamedTuple):
+  """AUC of one score, and what the bootstrap made of it."""
+
+  auc: float
+  samples: np.ndarray  # f64[resamples]; nan where a class was missing
+
+  def interval(self, confidence: float = 0.95) -> list[float]:
+    """Returns the percentile interval."""
+    return _interval(self.samples, confidence)
+
+
+def evaluate_trajectories(workspace: Workspace) -> dict[str, Any]:
+  """Judges the value on held-out problems; returns and writes results.json."""
+  config = workspace.config
+  objective = config.train.objective
+  path = workspace.directory / "results.json"
+  if path.exists() and workspace.is_done("evaluate"):
+    return json.loads(path.read_text(encoding="utf-8"))
+  workspace.record(objective)
+  run = workspace.begin("evaluate")
+  roles, model = workspace.load_model(objective)
+  if "critic" not in roles:
+    raise ConfigError(
+      f"config.train.objective={objective!r} trains no value, and without a "
+      "task nothing else can be judged: set --config.train.objective=oreo or "
+      "value, or --config.task.name"
+    )
+  _, held = data.split_by_problem(
+    workspace.trajectories(),
+    fraction=config.data.held_out,
+    seed=config.data.seed,
+  )
+  sequences = data.tokenize_trajectories(
+    held,
+    workspace.tokenizer,
+    delimiters=config.data.delimiters,
+    on_error=config.data.on_error,
+  )
+  labels = np.array([s.rewards.sum() > 0.5 for s in sequences], bool)
+  if labels.all() or not labels.any():
+    raise ConfigError(
+      f"of {len(labels)} held-out trajectories {labels.sum()} are right, so "
+      "that there is nothing to tell apart: raise --config.data.held_out"
+    )
+  answers = score_answers(
+    workspace, sequences, roles["critic"], workspace.start_policy(), model
+  )
+  problems = [sequence.problem for sequence in sequences]
+  seed = config.evaluate.seed
+  results = {
+    "task": "trajectories",
+    "seed": config.seed,
+    "problems": len(set(problems)),
+    "methods": [],
+    "values": _along(answers, labels, problems, seed),
+    "value_scores": compare_scores(
+      {
+        VALUE: np.array([a.values[-1] for a in answers]),
+        START: _of_problem([a.values[0] for a in answers], problems),
+        LENGTH: np.array([-float(len(a.values)) for a in answers]),
+        LOGP: np.array([a.logps.mean() for a in answers]),
+      },
+      labels,
+      problems,
+      seed=seed,
+    ),
+  }
+  run.done(trajectories=len(labels), problems=results["problems"])
+  results["timings"] = {
+    stage: workspace.record(stage)["seconds"]
+    for stage in (objective, "evaluate")
+  }
+  if workspace.is_chief:
+    write_json(path, results)
+  return results
+
+
+def score_answers(
+  workspace: Workspace,
+  sequences: Sequence[data.Tokenized],
+  critic: Params,
+  base: Params,
+  model: ModelConfig,
+) -> list[Answer]:
+  """Runs value network and base policy over packed trajectories.
+
+  Args:
+    workspace: mesh and sizes of a batch.
+    sequences: the trajectories; those longer than a row get longer rows.
+    critic: the value network.
+    base: the policy whose log-probabilities are taken.
+    model: the architecture of both.
+
+  Returns:
+    An Answer a sequence, in order.
+  """
+  settings, mesh = workspace.config, workspace.mesh
+  shards = batch_shards(mesh)
+  room = settings.data.row_length
+  rows = settings.train.batch_size // settings.train.grad_accum
+
+  def score(critic, base, batch):
+    packed = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+    state = models.apply(critic, batch.tokens, model, **packed).hidden
+    hidden = models.apply(base, batch.tokens, model, **packed).hidden
+    logps = token_logprobs(
+      hidden,
+      models.head_matrix(base, model),
+      batch.targets,
+      chunk_size=settings.train.loss_chunk,
+      logit_scale=model.logit_scale,
+    ).logps
+    return models.values(critic, state), logps
+
+  score = jax.jit(
+    score,
+    in_shardings=(None, None, batch_sharding(mesh)),
+    out_shardings=replicated(mesh),
+  )
+  fits = [len(sequence.tokens) - 1 <= room for sequence in sequences]
+  found: dict[int, Answer] = {}
+  with Progress(
+    len(sequences), "values", unit="answer", enabled=workspace.is_chief
+  ) as progress:
+    for wanted in (True, False):
+      chosen = [i for i, fit in enumerate(fits) if fit == wanted]
+      if not chosen:
+        continue
+      part = [sequences[i] for i in chosen]
+      longest = max(len(sequence.tokens) - 1 for sequence in part)
+      length = room if wanted else -(-longest // 64) * 64
+      size = -(-max(rows * room // length, 1) // shards) * shards
+      loader = data.make_loader(
+        part, batch_size=size, row_length=length, shuffle=False
+      )
+      for step in range(loader.num_steps):
+        batch = loader.batch(step)
+        scored = score(critic, base, shard_whole_batch(batch, mesh))
+        arrays = [to_host(x) for x in scored]
+        members = loader.sequence_indices(step)
+        for member, *answer in values.answers_of(batch, members, *arrays):
+          found[chosen[member]] = Answer(*answer)
+          progress.update()
+  return [found[i] for i in range(len(sequences))]
+
+
+def compare_scores(
+  scores: Mapping[str, np.ndarray],
+  labels: np.ndarray,
+  problems: Sequence[str],
+  *,
+  resamples: int = 2000,
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Returns the AUC of every score, and by how much the first is better.
+
+  Args:
+    scores: f[n] each, higher for what is likely right; the first is compared
+      with the others.
+    labels: bool[n].
+    problems: [n]; the bootstrap draws whole problems, the same ones for every
+      score, so that differences are paired.
+    resamples: of the bootstrap.
+    seed: of the bootstrap.
+
+  Returns:
+    The `value_scores` part of results.json.
+  """
+  kinds = {
+    name: problem_bootstrap(
+      score, labels, problems, resamples=resamples, seed=seed
+    )
+    for name, score in scores.items()
+  }
+  first = next(iter(kinds.values()))
+  rows = []
+  for name, found in kinds.items():
+    row: dict[str, Any] = {"name": name}
+    for kind, aucs in found.items():
+      row[f"{kind}_auc"] = aucs.auc
+      row[f"{kind}_interval"] = aucs.interval()
+      row[f"{kind}_lead"] = first[kind].auc - aucs.auc
+      row[f"{kind}_lead_interval"] = _interval(
+        first[kind].samples - aucs.samples, 0.95
+      )
+    rows.append(row)
+  mixed = {p for p, x in zip(problems, labels, strict=True) if x}
+  mixed &= {p for p, x in zip(problems, labels, strict=True) if not x}
+  return {
+    "trajectories": len(labels),
+    "right": int(np.sum(labels)),
+    "problems": len(set(problems)),
+    "mixed_problems": len(mixed),
+    "scores": rows,
+  }
+
+
+def problem_bootstrap(
+  scores: np.ndarray,
+  labels: np.ndarray,
+  problems: Sequence[str],
+  *,
+  resamples: int = 2000,
+  seed: int = 0,
+) -> dict[str, Aucs]:
+  """AUC pooled over all answers and within problems, resampling problems.
+
+  A resample gives every problem a weight, the number of times it was drawn.
+  Pooled, an answer counts as often as its problem; within, the mean over the
+  problems that have a right and a wrong answer is weighted.
+
+  Returns:
+    {"pooled": Aucs, "within": Aucs}.
+  """
+  scores = np.asarray(scores, np.float64)
+  labels = np.asarray(labels, bool)
+  _, group = np.unique(np.asarray(problems), return_inverse=True)
+  _, rank = np.unique(scores, return_inverse=True)
+  count = int(group.max()) + 1
+  own = np.full(count, np.nan)
+  for problem in range(count):
+    at = group == problem
+    own[problem] = _weighted_auc(rank[at], labels[at], np.ones(int(at.sum())))
+  mixed = np.isfinite(own)
+
+  def both(weights):
+    inside = weights[mixed]
+    within = own[mixed] @ inside / inside.sum() if inside.any() else np.nan
+    return _weighted_auc(rank, labels, weights[group]), within
+
+  rng = np.random.default_rng(seed)
+  even = np.full(count, 1 / count)
+  drawn = np.array(
+    [
+      both(rng.multinomial(count, even).astype(np.float64))
+      for _ in range(resamples)
+    ]
+  )
+  pooled, within = both(np.ones(count))
+  return {
+    "pooled": Aucs(float(pooled), drawn[:, 0]),
+    "within": Aucs(float(within), drawn[:, 1]),
+  }
+
+
+def _weighted_auc(
+  rank: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> float:
+  """P(right above wrong), ties 1/2, of answers with weights; nan if none."""
+  right = np.bincount(rank, weights * labels)
+  wrong = np.bincount(rank, weights * ~labels)
+  total = right.sum() * wrong.sum()
+  if not total:
+    return float("nan")
+  below = np.cumsum(wrong) - wrong
+  return float(right @ (below + wrong / 2) / total)
+
+
+def _interval(samples: np.ndarray, confidence: float) -> list[float]:
+  tail = (1 - confidence) / 2
+  finite = samples[np.isfinite(samples)]
+  if not len(finite):
+    return [float("nan")] * 2
+  return np.quantile(finite, [tail, 1 - tail]).tolist()
+
+
+def _of_problem(scores: Sequence[float], problems: Sequence[str]) -> np.ndarray:
+  """Returns each problem's mean: what differs within it is rounding."""
+  _, group = np.unique(np.asarray(problems), return_inverse=True)
+  means = np.bincount(group, scores) / np.bincount(group)
+  return means[group]
+
+
+def _along(
+  answers: Sequence[Answer],
+  labels: np.ndarray,
+  problems: Sequence[str],
+  seed: int,
+) -> dict[str, Any]:
+  """Returns the values along the answers, at tenths of their length."""
+  states = np.array([len(answer.values) - 1 for answer in answers])
+  along = np.zeros((len(answers), int(states.max()) + 1), np.float32)
+  for row, answer in zip(along, answers, strict=True):
+    row[: len(answer.values)] = answer.values
+  return values.analyse(
+    along, states, labels.astype(np.float32), problems, seed=seed
+  )

@@ -1,0 +1,212 @@
+"""Worker processes that compare answers, each answer under a hard limit.
+
+The workers are fresh interpreters, never forks: the parent runs jax, which has
+threads. They start when first needed. One that takes too long is killed, one
+that dies is replaced, and the answer it had at hand counts as not equal.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+
+_START_S = 120.0  # importing sympy on a busy machine
+_PROGRAM = pathlib.Path(__file__).with_name("worker.py")
+
+
+class _Worker:
+  """A process, what it has at hand and until when."""
+
+  def __init__(self, timeout_s: float, memory_mb: int):
+    # -P keeps this folder, whose modules have common names, off its path.
+    self.process = subprocess.Popen(
+      [sys.executable, "-P", str(_PROGRAM), str(timeout_s), str(memory_mb)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      start_new_session=True,
+    )
+    self.is_ready = False
+    self.job: int | None = None
+    self.deadline = time.monotonic() + _START_S
+    self.jobs_done = 0
+    self._unread = b""
+
+  def send(self, job: int, reference: str, answer: str, limit_s: float):
+    line = json.dumps({"reference": reference, "answer": answer}) + "\n"
+    self.process.stdin.write(line.encode())
+    self.process.stdin.flush()
+    self.job, self.deadline = job, time.monotonic() + limit_s
+
+  def receive(self) -> list[dict] | None:
+    """Returns the replies that came, None if the process is gone."""
+    data = os.read(self.process.stdout.fileno(), 65536)
+    if not data:
+      return None
+    *lines, self._unread = (self._unread + data).split(b"\n")
+    return [json.loads(line) for line in lines]
+
+  def stop(self):
+    self.process.kill()
+    self.process.wait()
+    self.process.stdout.close()
+    try:
+      self.process.stdin.close()
+    except BrokenPipeError:
+      pass
+
+
+class GraderPool:
+  """Compares pairs of answers in worker processes; see the module docstring.
+
+  Attributes:
+    started: how many processes were started so far.
+  """
+
+  def __init__(
+    self,
+    *,
+    workers: int,
+    timeout_s: float,
+    memory_mb: int,
+    jobs_per_worker: int = 1000,
+  ):
+    """Makes a pool without starting a process.
+
+    Args:
+      workers: most processes at a time.
+      timeout_s: wall time an answer may take.
+      memory_mb: address space a worker may use.
+      jobs_per_worker: a worker is replaced after so many answers, so that
+        what sympy caches does not pile up.
+    """
+    for name, value in (("workers", workers), ("timeout_s", timeout_s)):
+      if value <= 0:
+        raise ValueError(f"{name} must be positive; got {value}")
+    self._limit_s = timeout_s
+    self._memory_mb = memory_mb
+    self._most = workers
+    self._jobs_per_worker = jobs_per_worker
+    self._workers: set[_Worker] = set()
+    self._close = weakref.finalize(self, _stop_all, self._workers)
+    self.started = 0
+
+  def compare(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Compares (reference, answer) pairs.
+
+    Returns:
+      For each pair `equal`, `different`, `timeout`, `crash` or `error`.
+
+    Raises:
+      RuntimeError: if no worker can be started at all.
+    """
+    waiting = collections.deque(range(len(pairs)))
+    outcomes = [""] * len(pairs)
+    try:
+      while waiting or any(w.job is not None for w in self._workers):
+        self._hand_out(waiting, pairs)
+        for worker in self._wait():
+          job, outcome = worker.job, self._hear(worker)
+          if outcome and job is not None:
+            outcomes[job] = outcome
+    except BaseException:  # also Ctrl-C: what they have at hand is forgotten
+      self.close()
+      raise
+    return outcomes
+
+  def close(self):
+    """Ends all processes; the pool starts new ones if it is used again."""
+    _stop_all(self._workers)
+
+  def _hand_out(self, waiting, pairs):
+    busy = sum(worker.job is not None for worker in self._workers)
+    wanted = min(self._most, busy + len(waiting))
+    while len(self._workers) < wanted:
+      self._workers.add(_Worker(self._limit_s + 1, self._memory_mb))
+      self.started += 1
+    for worker in list(self._workers):
+      if waiting and worker.is_ready and worker.job is None:
+        try:
+          worker.send(waiting[0], *pairs[waiting[0]], self._limit_s)
+          waiting.popleft()
+        except BrokenPipeError:  # died while idle; the next round replaces it
+          self._drop(worker)
+
+  def _wait(self) -> list[_Worker]:
+    """Waits for a reply or a deadline; returns the workers concerned."""
+    with selectors.DefaultSelector() as selector:
+      concerned = [
+        worker
+        for worker in self._workers
+        if worker.job is not None or not worker.is_ready
+      ]
+      if not concerned:
+        return []
+      for worker in concerned:
+        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+      first = min(worker.deadline for worker in concerned)
+      events = selector.select(max(first - time.monotonic(), 0))
+      heard = [key.data for key, _ in events]
+    now = time.monotonic()
+    late = [w for w in concerned if w.deadline <= now and w not in heard]
+    return heard + late
+
+  def _hear(self, worker: _Worker) -> str:
+    """Takes in what a worker said or failed to say; returns the outcome."""
+    if worker.deadline <= time.monotonic() and not _has_data(worker):
+      self._drop(worker)
+      if not worker.is_ready:
+        raise RuntimeError(f"a grader did not start within {_START_S:.0f} s")
+      return "timeout"
+    replies = worker.receive()
+    if replies is None:
+      self._drop(worker)
+      if not worker.is_ready:
+        raise RuntimeError(
+          f"a grader ended with code {worker.process.returncode} at its start"
+        )
+      return "crash"
+    outcome = ""
+    for reply in replies:
+      if "missing" in reply:
+        self._drop(worker)
+        raise RuntimeError(
+          f"grading needs math-verify ({reply['missing']}); "
+          "pip install 'oreo_jax[math]'"
+        )
+      if "ready" in reply:
+        worker.is_ready = True
+        continue
+      worker.job = None
+      worker.jobs_done += 1
+      if "error" in reply:
+        outcome = "error"
+      else:
+        outcome = "equal" if reply["equal"] else "different"
+      if "error" in reply or worker.jobs_done >= self._jobs_per_worker:
+        self._drop(worker)
+    return outcome
+
+  def _drop(self, worker: _Worker):
+    worker.stop()
+    self._workers.discard(worker)
+
+
+def _has_data(worker: _Worker) -> bool:
+  with selectors.DefaultSelector() as selector:
+    selector.register(worker.process.stdout, selectors.EVENT_READ)
+    return bool(selector.select(0))
+
+
+def _stop_all(workers: set[_Worker]):
+  for worker in workers:
+    worker.stop()
+  workers.clear()

@@ -1,0 +1,297 @@
+"""Step beam search: against plain Python, greedy decoding and fresh values."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import chain, tiny
+from oracles import search as oracle
+
+from oreo_jax import models
+from oreo_jax.decode import (
+  ANCESTRAL,
+  GREEDY,
+  generate,
+  search_all,
+  step_beam_search,
+)
+
+KEY = jax.random.key(5)
+VOCAB = 24
+CONFIG = chain.model_config(VOCAB)
+EOS = chain.EOS
+# Tokens 1-8 end a step.
+ENDS = np.isin(np.arange(VOCAB), np.arange(1, 9))
+BEAMS = 3
+LIMITS = {"max_steps": 4, "max_step_tokens": 3, "max_new_tokens": 9}
+OPTIONS = {"delimiters": ENDS, "eos_ids": (EOS,), "beams": BEAMS, **LIMITS}
+
+
+def take_turns(key, logits, sampler):
+  """In place of `draw`: proposal j of a beam takes the j-th way of a fork."""
+  del key, sampler
+  order = jnp.argsort(-logits, axis=-1)
+  ways = jnp.sum(logits > -10.0, axis=-1)
+  way = (jnp.arange(logits.shape[0]) % BEAMS) % ways
+  tokens = jnp.take_along_axis(order, way[:, None], axis=1)[:, 0]
+  logps = jnp.zeros(logits.shape[0], jnp.float32)
+  return tokens.astype(jnp.int32), logps
+
+
+@pytest.fixture(scope="module")
+def deterministic():
+  """The search with `take_turns` compiled in."""
+  module = importlib.import_module("oreo_jax.decode.generate")
+  search = importlib.import_module("oreo_jax.decode.beam")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, "draw", take_turns)
+    search._search.clear_cache()
+    yield step_beam_search
+  search._search.clear_cache()
+
+
+def random_chain(seed):
+  """A random policy with up to three ways at a fork, and random values."""
+  rng = np.random.default_rng(seed)
+  follow = {}
+  for token in range(1, VOCAB):
+    ways = rng.choice(np.arange(1, VOCAB), rng.integers(1, 4), replace=False)
+    # A step may end with the end-of-sequence.
+    if rng.random() < 0.25:
+      ways[rng.integers(len(ways))] = EOS
+    follow[token] = ways.tolist()
+  # Well apart: the order must not hang on rounding.
+  values = rng.permutation(VOCAB) / VOCAB
+  return follow, values
+
+
+def compare(search, follow, values, prompts, **options):
+  policy = chain.make_policy(
+    CONFIG, chain.table_logits(VOCAB, follow, slope=0.5)
+  )
+  critic = chain.make_critic(CONFIG, values)
+  out = search(
+    policy, critic, prompts, KEY, CONFIG, **OPTIONS, prompt_length=3, **options
+  )
+  results = []
+  for row, prompt in enumerate(prompts):
+    want = oracle.step_beam_search(
+      prompt,
+      follow=follow,
+      value=values,
+      ends=set(np.flatnonzero(ENDS).tolist()),
+      eos=EOS,
+      beams=BEAMS,
+      **LIMITS,
+    )
+    length = out.answers.lengths[row]
+    found = tuple(out.answers.tokens[row, :length].tolist())
+    assert found == want.answer.tokens, (row, prompt)
+    assert out.answers.finished[row] == want.answer.finished
+    assert out.proposed[row] == want.proposed
+    np.testing.assert_allclose(out.values[row], want.answer.value, atol=1e-5)
+    results.append(want)
+  return results
+
+
+def test_search_matches_plain_python(deterministic):
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11]]
+  results = []
+  for seed in range(12):
+    results += compare(deterministic, *random_chain(seed), prompts)
+  finished = [result.answer.finished for result in results]
+  lengths = {len(result.answer.tokens) for result in results}
+  # Both kinds of ends were seen, and the limits were reached.
+  assert 10 < sum(finished) < len(finished) - 3
+  assert max(lengths) == LIMITS["max_new_tokens"] and min(lengths) <= 2
+
+
+# Token 9 starts the question. The likelier first step, 10 1, leads to a wrong
+# end (13); the other, 11 2, to a right one (14). V knows from the step on.
+FORK = {
+  9: [10, 11],
+  10: [1],
+  11: [2],
+  1: [13],
+  2: [14],
+  13: [EOS],
+  14: [EOS],
+}
+FORK_VALUES = np.zeros(VOCAB)
+FORK_VALUES[[1, 13]] = 0.1
+FORK_VALUES[[2, 14]] = 0.9
+# Read at the end-of-sequence, every answer would look the same.
+FORK_VALUES[EOS] = 5.0
+
+
+@pytest.fixture(scope="module")
+def fork():
+  logits = chain.table_logits(VOCAB, FORK, slope=0.3)
+  return chain.make_policy(CONFIG, logits), chain.make_critic(
+    CONFIG, FORK_VALUES
+  )
+
+
+def test_beam_finds_what_greedy_misses(fork):
+  policy, critic = fork
+  greedy = generate(
+    policy,
+    [[9]],
+    KEY,
+    CONFIG,
+    max_new_tokens=9,
+    eos_ids=(EOS,),
+    sampler=GREEDY,
+  )
+  assert greedy.answers()[0].tolist() == [10, 1, 13]
+  out = step_beam_search(
+    policy, critic, [[9]] * 6, KEY, CONFIG, prompt_length=3, **OPTIONS
+  )
+  # Nine proposals a question: all take the likelier way once in 50 times.
+  assert [a.tolist() for a in out.answers.answers()] == [[11, 2, 14]] * 6
+  assert out.answers.finished.all()
+  np.testing.assert_allclose(out.values, 0.9, atol=1e-5)
+  # First 9 steps of 2 tokens; then the two different texts, not 3 copies,
+  # propose 3 steps of 2 tokens each.
+  assert set(out.proposed.tolist()) == {9 * 2 + 2 * 3 * 2}
+
+
+def test_finished_answers_compete_by_value(deterministic):
+  # A quick answer (12) against a longer one that is worth more (15), and
+  # against one still worth more that never ends (16, 3, 16, 3, ...).
+  follow = {
+    9: [12, 15, 16],
+    12: [EOS],
+    15: [1],
+    1: [17],
+    17: [EOS],
+    16: [3],
+    3: [16],
+  }
+  values = np.zeros(VOCAB)
+  values[[12, 1, 17, 3]] = 0.5, 0.6, 0.7, 0.9
+  results = compare(deterministic, follow, values, [[9]] * 6)
+  assert results[0].answer.tokens == (15, 1, 17, EOS)
+
+
+def random_models():
+  config = CONFIG
+  policy = tiny.draw_params(config, scale=1.5)
+  return policy, tiny.draw_params(config, head="value", seed=1)
+
+
+def fresh_values(critic, prompts, answers):
+  """V at the last token before the end-of-sequence, by a plain forward."""
+  found = []
+  for prompt, answer in zip(prompts, answers, strict=True):
+    text = np.zeros((1, 12), np.int32)
+    size = len(prompt) + len(answer)
+    text[0, :size] = [*prompt, *answer]
+    hidden = models.apply(critic, jnp.asarray(text), CONFIG).hidden
+    found.append(float(models.values(critic, hidden)[0, size - 1]))
+  return found
+
+
+def test_values_are_those_of_a_fresh_forward():
+  policy, critic = random_models()
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11]]
+  out = step_beam_search(
+    policy, critic, prompts, KEY, CONFIG, prompt_length=3, **OPTIONS
+  )
+  want = fresh_values(critic, prompts, out.answers.answers())
+  np.testing.assert_allclose(out.values, want, atol=1e-4)
+  assert out.answers.finished.any()
+  assert np.ptp(out.values) > 0.1
+
+
+@functools.cache
+def greedy_options():
+  return {**OPTIONS, "beams": 1, "sampler": GREEDY, "max_steps": 9}
+
+
+def test_one_beam_at_temperature_zero_is_greedy():
+  policy, critic = random_models()
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11], [5], [6], [7]]
+  found = step_beam_search(
+    policy, critic, prompts, KEY, CONFIG, prompt_length=3, **greedy_options()
+  ).answers
+  want = generate(
+    policy,
+    prompts,
+    KEY,
+    CONFIG,
+    max_new_tokens=9,
+    eos_ids=(EOS,),
+    sampler=GREEDY,
+  )
+  np.testing.assert_array_equal(found.tokens, want.tokens)
+  np.testing.assert_array_equal(found.lengths, want.lengths)
+  np.testing.assert_array_equal(found.finished, want.finished)
+  np.testing.assert_allclose(found.logps, want.logps, atol=1e-5)
+  assert found.finished.any() and not found.finished.all()
+
+
+def test_all_searches_come_in_the_order_of_the_prompts(deterministic):
+  follow, values = random_chain(3)
+  policy = chain.make_policy(
+    CONFIG, chain.table_logits(VOCAB, follow, slope=0.5)
+  )
+  critic = chain.make_critic(CONFIG, values)
+  prompts = [[1, 2, 3], [9], [4, 4, 3], [14, 1], [20, 21], [11], [12, 12, 5]]
+  # Nothing is random, so a batch of its own gives each question's answer.
+  whole = deterministic(
+    policy,
+    critic,
+    prompts[:6],
+    KEY,
+    CONFIG,
+    prompt_length=3,
+    **OPTIONS,
+  )
+  options = {k: v for k, v in OPTIONS.items() if k != "beams"}
+  out = search_all(
+    policy,
+    critic,
+    prompts,
+    KEY,
+    CONFIG,
+    beams=BEAMS,
+    batch_size=6 * BEAMS**2,
+    **options,
+  )
+  assert len(out.values) == 7
+  np.testing.assert_array_equal(out.answers.tokens[:6], whole.answers.tokens)
+  np.testing.assert_array_equal(out.proposed[:6], whole.proposed)
+  np.testing.assert_allclose(out.values[:6], whole.values, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_devices_change_nothing():
+  policy, critic = random_models()
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11], [5], [6]]
+  plain = step_beam_search(
+    policy, critic, prompts, KEY, CONFIG, prompt_length=3, **OPTIONS
+  )
+  mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    split = step_beam_search(
+      tiny.place(policy, CONFIG, mesh),
+      tiny.place(critic, CONFIG, mesh, head="value"),
+      prompts,
+      KEY,
+      CONFIG,
+      prompt_length=3,
+      **OPTIONS,
+    )
+  np.testing.assert_array_equal(split.answers.tokens, plain.answers.tokens)
+  np.testing.assert_allclose(split.values, plain.values, atol=1e-5)
+
+
+def test_a_beam_of_none_is_refused(fork):
+  with pytest.raises(ValueError, match="beams: expected at least 1"):
+    step_beam_search(
+      *fork, [[9]], KEY, CONFIG, **{**OPTIONS, "beams": 0}, sampler=ANCESTRAL
+    )
