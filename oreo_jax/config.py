@@ -13,6 +13,8 @@ import pathlib
 import pprint
 from typing import Any
 
+from oreo_jax import files
+
 GRANULARITIES = ("token", "step", "response")
 OBJECTIVES = ("oreo", "value", "rejection", "dpo", "kto", "dqo")
 
@@ -533,17 +535,13 @@ def unknown_key(name: str, valid: list[str]) -> str:
 
 def save_config(config: Config, path: str | pathlib.Path) -> None:
   """Writes the resolved config as a file that `--config` accepts again."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   values = pprint.pformat(to_dict(config), sort_dicts=False, width=76)
   text = (
     '"""The resolved configuration of this run; give it back as --config."""\n'
     "\nfrom oreo_jax.config import from_dict\n\n\n"
     f"def get_config():\n  return from_dict(VALUES)\n\n\nVALUES = {values}\n"
   )
-  partial = path.with_suffix(".partial")
-  partial.write_text(text, encoding="utf-8")
-  partial.replace(path)
+  files.write_text(path, text)
 
 
 def _require(condition: bool, flag: str, rule: str) -> None:

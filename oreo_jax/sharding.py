@@ -176,20 +176,3 @@ def micro_batches(batch: Any, parts: int) -> Any:
     return jnp.moveaxis(x, 1, 0)
 
   return jax.tree.map(split, batch)
-
-
-def wait_for_all(event: str) -> None:
-  """Returns once every process has come to this event."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(event)
-
-
-def to_host(tree: Any) -> Any:
-  """Returns the tree as NumPy arrays, gathered over the processes."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.device_get(tree)

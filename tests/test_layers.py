@@ -12,20 +12,23 @@ PACKAGE = Path(__file__).resolve().parents[1] / "oreo_jax"
 # A room is a module or a folder right under the package. A new one needs a
 # place here, so that the table stays the map of the house.
 LAYERS = {
-  "config": 0,
-  "sharding": 0,
-  "losses": 1,
-  "models": 1,
-  "data": 1,
-  "tasks": 1,
-  "metrics": 1,
-  "decode": 2,
-  "train": 3,
-  "analysis": 4,
-  "stages": 5,
-  "report": 5,
-  "cli": 6,
-  "__main__": 6,
+  "files": 0,
+  "hosts": 0,
+  "config": 1,
+  "sharding": 1,
+  "progress": 1,
+  "losses": 2,
+  "models": 2,
+  "data": 2,
+  "tasks": 2,
+  "metrics": 2,
+  "decode": 3,
+  "train": 4,
+  "analysis": 5,
+  "stages": 6,
+  "report": 6,
+  "cli": 7,
+  "__main__": 7,
 }
 
 # Imported by one room only.

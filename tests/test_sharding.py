@@ -9,6 +9,7 @@ from oracles import tiny
 
 from oreo_jax import models
 from oreo_jax.config import ConfigError, MeshConfig
+from oreo_jax.hosts import to_host
 from oreo_jax.sharding import (
   AXES,
   batch_shards,
@@ -19,7 +20,6 @@ from oreo_jax.sharding import (
   shard_whole_batch,
   shardings_of,
   spec_of,
-  to_host,
 )
 
 

@@ -19,13 +19,13 @@ from oreo_jax.analysis.statistics import (
   within_problem_auc,
 )
 from oreo_jax.config import Config
+from oreo_jax.hosts import to_host
 from oreo_jax.models import Params
 from oreo_jax.sharding import (
   batch_sharding,
   batch_shards,
   replicated,
   shard_whole_batch,
-  to_host,
 )
 from oreo_jax.train.objectives import forward
 from oreo_jax.train.state import Setup, TrainState

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from oreo_jax import files
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -114,12 +115,8 @@ def save_tokenizer(
 
   Under a temporary name until whole: another process may look for it.
   """
-  path = pathlib.Path(path)
-  partial = path.with_suffix(".partial")
-  shutil.rmtree(partial, ignore_errors=True)  # of a run that was cut off
-  partial.mkdir(parents=True)
-  tokenizer.save_pretrained(str(partial))
-  partial.rename(path)
+  with files.whole_folder(path) as partial:
+    tokenizer.save_pretrained(str(partial))
 
 
 def _byte_characters() -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from oreo_jax import files
 from oreo_jax.data import rows as rows_lib
 from oreo_jax.data.errors import (
   BrokenJsonError,
@@ -245,13 +245,7 @@ def _write_jsonl(
   path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]
 ) -> None:
   """Writes one JSON object a line; the file appears only when complete."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=path.parent, prefix=f".{path.name}."
-  ) as folder:
-    part = pathlib.Path(folder) / path.name
-    with part.open("w", encoding="utf-8") as file:
+  with files.whole_file(path) as partial:
+    with partial.open("w", encoding="utf-8") as file:
       for row in rows:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    part.replace(path)

@@ -29,8 +29,8 @@ from oreo_jax.decode.generate import (
   read_prompts,
 )
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
+from oreo_jax.hosts import to_host
 from oreo_jax.models import Cache, Params
-from oreo_jax.sharding import to_host
 
 
 class Found(NamedTuple):

@@ -16,8 +16,9 @@ import numpy as np
 from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler, draw
+from oreo_jax.hosts import to_host
 from oreo_jax.models import Cache, Params
-from oreo_jax.sharding import constrain_batch, to_host
+from oreo_jax.sharding import constrain_batch
 
 
 class Prefix(NamedTuple):

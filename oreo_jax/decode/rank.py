@@ -12,8 +12,9 @@ from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.generate import Generation, generate, pad_prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
+from oreo_jax.hosts import to_host
 from oreo_jax.models import Params
-from oreo_jax.sharding import constrain_batch, to_host
+from oreo_jax.sharding import constrain_batch
 
 REDUCTIONS = ("final", "min", "mean")
 

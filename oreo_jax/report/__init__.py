@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from oreo_jax import files
 from oreo_jax.report.comparison import (
   format_comparison,
   format_rounds,
@@ -58,7 +59,5 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     config=read_config(workdir),
   )
   path = workdir / REPORT_NAME
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(path)
+  files.write_text(path, page)
   return path

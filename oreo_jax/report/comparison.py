@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from oreo_jax import files
 from oreo_jax.report import comparison_plots as plots
 from oreo_jax.report.results import percent
 
@@ -151,9 +152,7 @@ def write_comparison(
     rounds_plot=Markup(_rounds_plot(results)),
   )
   path = Path(directory) / PAGE_NAME
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(page, encoding="utf-8")
-  temporary.replace(path)
+  files.write_text(path, page)
   return path
 
 

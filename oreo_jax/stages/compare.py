@@ -24,7 +24,8 @@ from absl import logging
 
 from oreo_jax.analysis.statistics import bootstrap_interval, paired_test, spread
 from oreo_jax.config import Config, ConfigError, MethodConfig
-from oreo_jax.metrics import Progress
+from oreo_jax.files import write_json
+from oreo_jax.progress import Progress
 from oreo_jax.stages import pipeline
 from oreo_jax.stages.iterate import (
   Branch,
@@ -34,7 +35,7 @@ from oreo_jax.stages.iterate import (
   play_round,
   round_config,
 )
-from oreo_jax.stages.workspace import Workspace, write_json
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import DivergedError
 
 # Weights of the progress bar: about ten seconds each for the maze.

@@ -16,13 +16,14 @@ from oreo_jax import decode
 from oreo_jax.analysis import values
 from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import ConfigError
-from oreo_jax.metrics import Progress
+from oreo_jax.files import write_json
 from oreo_jax.models import Params
+from oreo_jax.progress import Progress
 from oreo_jax.stages.bench import Bench
 from oreo_jax.stages.example import value_example
 from oreo_jax.stages.heldout import evaluate_trajectories
 from oreo_jax.stages.pipeline import decode_text, grade, tokenize_problems
-from oreo_jax.stages.workspace import Workspace, write_json
+from oreo_jax.stages.workspace import Workspace
 
 NAMES = {
   "sft": "SFT",

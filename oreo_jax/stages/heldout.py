@@ -15,17 +15,18 @@ import numpy as np
 from oreo_jax import data, models
 from oreo_jax.analysis import values
 from oreo_jax.config import ConfigError, ModelConfig
+from oreo_jax.files import write_json
+from oreo_jax.hosts import to_host
 from oreo_jax.losses import token_logprobs
-from oreo_jax.metrics import Progress
 from oreo_jax.models import Params
+from oreo_jax.progress import Progress
 from oreo_jax.sharding import (
   batch_sharding,
   batch_shards,
   replicated,
   shard_whole_batch,
-  to_host,
 )
-from oreo_jax.stages.workspace import Workspace, write_json
+from oreo_jax.stages.workspace import Workspace
 
 # Scores by name; the first is what the others are compared with.
 VALUE, START = "value, last state", "value, before the answer"

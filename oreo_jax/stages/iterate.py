@@ -25,12 +25,13 @@ from absl import logging
 from oreo_jax import train
 from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import Config, ConfigError
-from oreo_jax.metrics import Progress
+from oreo_jax.files import write_json
 from oreo_jax.models import Params
+from oreo_jax.progress import Progress
 from oreo_jax.stages import pipeline
 from oreo_jax.stages.bench import Bench
 from oreo_jax.stages.evaluate import evaluate
-from oreo_jax.stages.workspace import Workspace, write_json
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train.checkpoint import Checkpoints
 from oreo_jax.train.objectives import OBJECTIVES
 

@@ -19,8 +19,9 @@ from oreo_jax.analysis.values import held_out_values
 from oreo_jax.config import ConfigError
 from oreo_jax.data import construct
 from oreo_jax.data.encoding import tokenize_prompt
-from oreo_jax.metrics import FILE_NAME, Progress, read_metrics
+from oreo_jax.metrics import FILE_NAME, read_metrics
 from oreo_jax.models import Params
+from oreo_jax.progress import Progress
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.tasks.task import Problem
 from oreo_jax.train.objectives import OBJECTIVES

@@ -17,7 +17,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from oreo_jax import data, models, tasks
+from oreo_jax import data, files, hosts, models, tasks
 from oreo_jax.config import (
   Config,
   ConfigError,
@@ -28,7 +28,7 @@ from oreo_jax.config import (
 )
 from oreo_jax.models import Params
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
-from oreo_jax.sharding import make_mesh, shardings_of, wait_for_all
+from oreo_jax.sharding import make_mesh, shardings_of
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
 
 # Settings that a stage's outcome depends on, its own and those before it.
@@ -77,7 +77,7 @@ class Workspace:
       if config.task.name
       else None
     )
-    self.is_chief = jax.process_index() == 0
+    self.is_chief = hosts.is_chief()
     self.tokenizer = self._open_tokenizer(config)
     model = _with_architecture(config.model, config.init)
     if not model.vocab_size:
@@ -206,7 +206,7 @@ class Workspace:
     if self.is_chief:
       folder.mkdir(parents=True, exist_ok=True)
       begun = {"settings": self.settings_of(stage)}
-      write_json(folder / "begun.json", begun)
+      files.write_json(folder / "begun.json", begun)
     return StageRun(self, stage)
 
   def record(self, stage: str) -> dict[str, Any]:
@@ -301,16 +301,9 @@ class StageRun:
     }
     if self._workspace.is_chief:
       folder = self._workspace.path(self._stage)
-      write_json(folder / "record.json", record)
+      files.write_json(folder / "record.json", record)
     # Other processes look for it next.
-    wait_for_all(f"{self._stage} is done")
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes plain JSON; the file appears whole or not at all."""
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-  partial.replace(path)
+    hosts.wait_for_all(f"{self._stage} is done")
 
 
 def _difference(before: dict, now: dict, path: str = "config") -> list[str]:

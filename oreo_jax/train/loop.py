@@ -17,8 +17,9 @@ from absl import logging
 from jax.sharding import Mesh
 
 from oreo_jax.data.loader import Loader
-from oreo_jax.metrics import MetricsWriter, Progress
+from oreo_jax.metrics import MetricsWriter
 from oreo_jax.models import Params
+from oreo_jax.progress import Progress
 from oreo_jax.sharding import shard_batch
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
 from oreo_jax.train.objectives import OBJECTIVES

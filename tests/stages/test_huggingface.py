@@ -321,7 +321,7 @@ def test_stages_of_a_chat_model_on_a_local_file(checkpoint, tmp_path):
   ],
 )
 def test_published_configs_are_valid(name):
-  root = pathlib.Path(__file__).parents[1]
+  root = pathlib.Path(__file__).parents[2]
   spec = importlib.util.spec_from_file_location(
     name, root / "configs" / f"{name}.py"
   )

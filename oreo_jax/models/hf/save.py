@@ -6,19 +6,18 @@ gathered one by one, and process 0 writes.
 """
 
 import contextlib
-import json
 import pathlib
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from oreo_jax import files, hosts
 from oreo_jax.config import ModelConfig
+from oreo_jax.hosts import to_host
 from oreo_jax.models.functional import HEADS, Params
 from oreo_jax.models.hf.families import (
   FAMILIES,
@@ -30,7 +29,6 @@ from oreo_jax.models.hf.files import INDEX, SINGLE
 from oreo_jax.models.hf.fold import fold_multipliers
 from oreo_jax.models.hf.load import joined_shape
 from oreo_jax.models.lora import ADAPTER, merge_adapters
-from oreo_jax.sharding import to_host
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -109,10 +107,10 @@ def save_hf(
       partial, params, FAMILIES[family].keys, dtype, max_shard_bytes
     )
     if partial is not None:
-      write_json(partial / "config.json", hf)
+      files.write_json(partial / "config.json", hf)
       if head == "lm":
         ends = {"eos_token_id": list(eos_ids)} if len(eos_ids) > 1 else {}
-        write_json(partial / "generation_config.json", {**ids, **ends})
+        files.write_json(partial / "generation_config.json", {**ids, **ends})
       if tokenizer is not None:
         tokenizer.save_pretrained(partial)
 
@@ -176,7 +174,7 @@ def save_adapter(
   }
   with new_directory(path) as partial:
     if partial is not None:
-      write_json(partial / "adapter_config.json", settings)
+      files.write_json(partial / "adapter_config.json", settings)
       write_tensors(partial / "adapter_model.safetensors", tensors)
 
 
@@ -192,23 +190,11 @@ def check_free(path: pathlib.Path, overwrite: bool) -> None:
 @contextlib.contextmanager
 def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
   """Yields a temporary directory (None off process 0), renamed at the end."""
-  if jax.process_index() != 0:
+  if not hosts.is_chief():
     yield None
     return
-  partial = path.with_name(path.name + ".partial")
-  if partial.exists():
-    shutil.rmtree(partial)
-  partial.mkdir(parents=True)
-  try:
+  with files.whole_folder(path) as partial:
     yield partial
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise
-  if path.is_dir():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
-  partial.replace(path)
 
 
 def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
@@ -217,11 +203,6 @@ def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
   mode = path.stat().st_mode
   save_file(tensors, path, {"format": "pt"})
   path.chmod(mode)  # safetensors makes it readable to its owner alone
-
-
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Writes a JSON object."""
-  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _fit(params, config, head, family):
@@ -264,8 +245,8 @@ def _token_ids(tokenizer, pad_token_id):
 def _save_tensors(partial, params, keys, dtype, max_shard_bytes) -> None:
   """Gathers parameter by parameter and writes files of at most that size."""
   flat = traverse_util.flatten_dict(params, sep=".")
-  files = _plan(flat, keys, dtype, max_shard_bytes)
-  count = max(files.values())
+  numbers = _plan(flat, keys, dtype, max_shard_bytes)
+  count = max(numbers.values())
   done, pending = 1, {}
 
   def write(number, tensors):
@@ -275,34 +256,34 @@ def _save_tensors(partial, params, keys, dtype, max_shard_bytes) -> None:
   for leaf, array in flat.items():
     host = to_host(array)
     for name, part in _tensors(leaf, host, keys[leaf]):
-      if files[name] != done:
+      if numbers[name] != done:
         write(done, pending)
-        done, pending = files[name], {}
+        done, pending = numbers[name], {}
       pending[name] = part.astype(jnp.dtype(dtype)) if dtype else part
   write(done, pending)
   if partial is not None and count > 1:
     total = sum(_bytes(array, dtype) for array in flat.values())
-    write_json(
+    files.write_json(
       partial / INDEX,
       {
         "metadata": {"total_size": total},
-        "weight_map": {name: _file(n, count) for name, n in files.items()},
+        "weight_map": {name: _file(n, count) for name, n in numbers.items()},
       },
     )
 
 
 def _plan(flat, keys, dtype, max_shard_bytes) -> dict[str, int]:
   """Returns the number of the file that each tensor goes into, from 1."""
-  files, number, filled = {}, 1, 0
+  numbers, number, filled = {}, 1, 0
   for leaf, array in flat.items():
     layers = array.shape[0] if leaf.startswith("layers.") else 1
     size = _bytes(array, dtype) // layers
     for layer in range(layers):
       if filled and filled + size > max_shard_bytes:
         number, filled = number + 1, 0
-      files[keys[leaf].name.format(layer=layer)] = number
+      numbers[keys[leaf].name.format(layer=layer)] = number
       filled += size
-  return files
+  return numbers
 
 
 def _tensors(leaf: str, host: np.ndarray, key: Key):
