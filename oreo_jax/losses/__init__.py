@@ -15,6 +15,7 @@ from oreo_jax.losses.oreo import (
   policy_loss,
   value_loss,
 )
+from oreo_jax.losses.paths import count_positive
 from oreo_jax.losses.preference import (
   DpoLoss,
   KtoLoss,
@@ -38,6 +39,7 @@ __all__ = [
   "TokenLogprobs",
   "alpha_loss",
   "count_mask",
+  "count_positive",
   "dpo_loss",
   "dqo_loss",
   "kl_k3",

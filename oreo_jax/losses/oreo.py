@@ -84,6 +84,7 @@ def oreo_loss(
   policy_weight: float | jax.Array = 1.0,
   decision_count: Count | None = None,
   action_count: Count | None = None,
+  positive_count: jax.Array | None = None,
 ) -> OreoLoss:
   """Value loss, policy loss and KL penalty of OREO, in one differentiable sum.
 
@@ -114,8 +115,8 @@ def oreo_loss(
       take the place of `logps` in D_t of the value loss. No gradient.
     importance_cap: weighs both losses of a sequence by `min(exp(D_0), cap)`,
       without gradient; the official code uses e. None does not weigh.
-    hinge: `c` of the term `c * max(0, -D_0)`, averaged over the sequences, for
-      those of positive reward (before scale and offset). Part of `policy`.
+    hinge: `c` of the term `c * max(0, -D_0)`, averaged over the sequences of
+      positive reward (before scale and offset). Part of `policy`.
     single_step: the residual over one action instead of the rest of the
       sequence, `V_t - r_t - sg(V_next) + beta * A_t`, in both losses; r_t is
       the reward up to the next decision point, V_next the value there (0 after
@@ -132,6 +133,8 @@ def oreo_loss(
       where these arrays are one part of it. Losses, gradients and metrics of
       the parts then add up to those of the whole batch.
     action_count: the same of `action_mask`.
+    positive_count: `count_positive(rewards, decision_mask, segment_ids)` of the
+      whole batch, which the hinge divides by.
 
   Returns:
     An `OreoLoss` of scalars. Its metrics are means in the same reduction and
@@ -186,9 +189,12 @@ def oreo_loss(
   policy = weighted_sum(
     means.decisions, importance * jnp.square(policy_residual)
   )
+  positive = (means.sequences > 0.0) & (paths.raw_returns > 0.0)
+  if positive_count is None:
+    positive_count = positive.sum(dtype=jnp.float32)
   shortfall = weighted_sum(
-    means.sequences,
-    jnp.where(paths.raw_returns > 0.0, jax.nn.relu(-paths.rest), 0.0),
+    jnp.where(positive, 1.0 / jnp.maximum(positive_count, 1.0), 0.0),
+    jax.nn.relu(-paths.rest),
   )
   policy = policy + hinge * shortfall
   mean_kl = mean_kl_penalty(kl, logps, ref_logps, paths.actions, means.actions)

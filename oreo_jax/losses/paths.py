@@ -78,10 +78,7 @@ def follow_paths(
     segment_ids=segment_ids,
     target_logps=target_logps,
   )
-  if rewards.shape not in (logps.shape, logps.shape[:1]):
-    raise ValueError(
-      f"rewards must be [B] or [B, T] = {logps.shape}, got {rewards.shape}"
-    )
+  _check_rewards(rewards, logps.shape)
   actions = action_mask.astype(bool)
   decisions = decision_mask.astype(bool)
   lasts = segments.last_of_segment(logps.shape, segment_ids)
@@ -133,6 +130,46 @@ def follow_paths(
   )
 
 
+def count_positive(
+  rewards: jax.Array,
+  decision_mask: jax.Array,
+  segment_ids: jax.Array | None = None,
+) -> jax.Array:
+  """Counts the sequences of positive reward, over which the hinge is a mean.
+
+  A sequence counts if the sum of its rewards from its first decision point on,
+  before any scale and offset, is above 0. One without a decision point does
+  not count.
+
+  Args:
+    rewards: f32[B, T] per token, or f32[B], terminal reward of the row.
+    decision_mask: bool[B, T], where an action starts.
+    segment_ids: i32[B, T] or None.
+
+  Returns:
+    f32[]; counts of the parts of a batch add up.
+
+  Raises:
+    ValueError: if shapes disagree.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> rewards = jnp.asarray([[0.0, 1.0, -1.0, 0.0]])
+    >>> ids = jnp.asarray([[1, 1, 2, 2]])
+    >>> float(count_positive(rewards, jnp.ones((1, 4), bool), ids))
+    1.0
+  """
+  segments.check_shapes(decision_mask=decision_mask, segment_ids=segment_ids)
+  _check_rewards(rewards, decision_mask.shape)
+  rewards = rewards.astype(jnp.float32)
+  if rewards.ndim == 1:
+    returns = rewards[:, None]
+  else:
+    returns = segments.suffix_sums(rewards, segment_ids)
+  first = segments.select(decision_mask, segment_ids).first
+  return jnp.sum(first & (returns > 0.0), dtype=jnp.float32)
+
+
 class Weights(NamedTuple):
   """Arrays f32[B, T] that turn `weighted_sum` into the means of a loss."""
 
@@ -167,3 +204,10 @@ def mean_over(
     actions=segments.mean_weights(actions, action_count, reduction=reduction),
     sequences=jnp.where(decisions.first, per_sequence, 0.0),
   )
+
+
+def _check_rewards(rewards: jax.Array, shape: tuple[int, ...]) -> None:
+  if rewards.shape not in (shape, shape[:1]):
+    raise ValueError(
+      f"rewards must be [B] or [B, T] = {shape}, got {rewards.shape}"
+    )

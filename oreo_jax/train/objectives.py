@@ -35,6 +35,7 @@ class Counts(NamedTuple):
 
   actions: losses.Count
   decisions: losses.Count
+  positive: jax.Array  # f32[], sequences of positive reward
 
 
 class KtoBatch(NamedTuple):
@@ -153,6 +154,7 @@ def oreo(params, out: Forward, rows: Batch, whole: Counts, setup: Setup):
     target_logps=out.ema_logps,
     importance_cap=math.e if t.importance_weights else None,
     hinge=t.hinge,
+    positive_count=whole.positive,
     single_step=t.single_step,
   )
   return loss.total, loss.metrics
@@ -272,6 +274,9 @@ def _count(params, ref, batch: Batch, setup: Setup) -> tuple[Batch, Counts]:
   return batch, Counts(
     actions=losses.count_mask(batch.action_mask, batch.segment_ids),
     decisions=losses.count_mask(batch.decision_mask, batch.segment_ids),
+    positive=losses.count_positive(
+      batch.rewards, batch.decision_mask, batch.segment_ids
+    ),
   )
 
 

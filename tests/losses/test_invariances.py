@@ -74,8 +74,11 @@ def totals(logps, values, batch, counts):
   ]
   ids = {"segment_ids": batch["segment_ids"]}
   both = {k: counts.get(k) for k in ("decision_count", "action_count")}
+  positive = {"positive_count": counts.get("positive_count")}
   action = {"action_count": counts.get("action_count")}
-  oreo = functools.partial(losses.oreo_loss, *arrays, beta=0.3, **ids, **both)
+  oreo = functools.partial(
+    losses.oreo_loss, *arrays, beta=0.3, **ids, **both, **positive
+  )
   sft = functools.partial(losses.sft_loss, logps, arrays[4], **ids, **action)
   own, ref, other, present, pairs = preference_parts(batch, logps)
   dpo = functools.partial(
@@ -234,6 +237,9 @@ def counts_of(batch):
   return {
     "decision_count": losses.count_mask(arrays["decision_mask"], ids),
     "action_count": losses.count_mask(arrays["action_mask"], ids),
+    "positive_count": losses.count_positive(
+      arrays["rewards"], arrays["decision_mask"], ids
+    ),
     "num_pairs": jnp.sum(pairs, dtype=jnp.float32),
     "num_sequences": jnp.sum(present, dtype=jnp.float32),
     "z0": losses.kto_z0(other, ref, mask=present),
@@ -277,6 +283,33 @@ def test_counts_of_parts_add_up():
   assert tuple(added) == tuple(map(float, expected))
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_positive_sequences_are_counted(per_token):
+  """Of all rows, packed or not, and of parts that add up."""
+  found = cases.trajectories(42, "step", per_token=per_token)
+  expected = sum(float(x["rewards"].sum()) > 0 for x in found)
+  assert 0 < expected < len(found)
+  for batch in (batch_of(found, PACKING), cases.unpacked(found)):
+    arrays = [
+      to_jax(batch[name])
+      for name in ("rewards", "decision_mask", "segment_ids")
+    ]
+    assert float(losses.count_positive(*arrays)) == expected
+    cut = [
+      losses.count_positive(*(x[i:j] for x in arrays))
+      for i, j in ((0, 3), (3, 8))
+    ]
+    assert float(sum(cut)) == expected
+
+
+def test_a_row_with_one_reward_counts_each_of_its_sequences():
+  mask = jnp.asarray([[True, True, True, False], [True, False, False, False]])
+  ids = jnp.asarray([[1, 1, 2, 3], [1, 1, 1, 0]])
+  # The third sequence of row 0 has no decision point; row 1 is negative.
+  got = losses.count_positive(jnp.asarray([1.0, -1.0]), mask, ids)
+  assert float(got) == 2
+
+
 def test_rows_cut_into_smaller_arrays():
   """The same with parts of their own shape, as a training step has them."""
   _, batch, _ = whole()
@@ -293,7 +326,7 @@ def test_rows_cut_into_smaller_arrays():
   @functools.partial(jax.jit, compiler_options=FAST)
   def oreo(arrays, ids):
     return losses.oreo_loss(
-      *arrays, beta=0.3, alpha=0.1, segment_ids=ids, **counts
+      *arrays, beta=0.3, alpha=0.1, hinge=0.4, segment_ids=ids, **counts
     )
 
   def rows(span):

@@ -92,11 +92,11 @@ def test_clip_log_and_ema_by_hand():
 
 
 def test_hinge_by_hand():
-  # D_0 = -1/2 in the positive row: 1/2 over two sequences, times 3. The other
-  # row does not count, and would not if its sign were turned by the offset.
+  # D_0 = -1/2 in the one positive row: a mean of 1/2, times 3. The other row
+  # does not count, neither above nor below the line.
   plain = evaluate("policy_loss", RESPONSE)
   got = evaluate("policy_loss", RESPONSE, hinge=3.0)
-  np.testing.assert_allclose(got - plain, 0.75, rtol=1e-5)
+  np.testing.assert_allclose(got - plain, 1.5, rtol=1e-5)
 
 
 def test_gradients_by_hand():

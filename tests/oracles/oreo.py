@@ -241,9 +241,11 @@ def kl_loss(*arrays, token_mean=False, **kwargs):
 
 
 def hinge_loss(*arrays, hinge, **kwargs):
-  """Mean over sequences of c * max(0, -D_0) where the return is positive."""
-  found = [s for s in trajectories(*arrays, **kwargs) if s.decisions]
-  terms = [hinge * max(0.0, -s.log_ratio) if s.ret > 0 else 0.0 for s in found]
+  """Mean of c * max(0, -D_0) over the sequences whose return is positive."""
+  positive = [
+    s for s in trajectories(*arrays, **kwargs) if s.decisions and s.ret > 0
+  ]
+  terms = [hinge * max(0.0, -s.log_ratio) for s in positive]
   return sum(terms) / len(terms) if terms else 0.0
 
 
