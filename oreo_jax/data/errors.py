@@ -12,13 +12,19 @@ T = TypeVar("T")
 
 
 class TrajectoryError(ValueError):
-  """A row that cannot be used, with its place and what mends it."""
+  """A row that cannot be used, with its place and what mends it.
+
+  Attributes:
+    place: its file and line.
+    problem: what is wrong with it.
+  """
 
   kind = "bad row"
   fix = "correct the row"
   skip = "--config.data.on_error=skip"
 
   def __init__(self, place: str, problem: str):
+    self.place, self.problem = place, problem
     super().__init__(
       f"{place}: {problem}; {self.fix}, or pass {self.skip} to drop and count"
       " such rows"

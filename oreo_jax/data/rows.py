@@ -21,11 +21,11 @@ from typing import Any
 
 from oreo_jax.data.errors import (
   BadRewardError,
-  BrokenJsonError,
   EmptyResponseError,
   EncodingError,
   MissingKeyError,
 )
+from oreo_jax.data.records import check_object
 from oreo_jax.data.schema import ASSISTANT, Pair, Trajectory, Turn
 
 # Names other formats give to the same roles and keys.
@@ -43,7 +43,7 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
   Raises:
     TrajectoryError: a subclass says what is wrong with the row.
   """
-  _check_mapping(row, place)
+  check_object(row, place)
   if row.get("chosen") is not None or row.get("rejected") is not None:
     return list(parse_pair(row, place))
   fields = _common_fields(row, place)
@@ -64,7 +64,7 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
 
 def parse_pair(row: Any, place: str) -> Pair:
   """Returns the chosen and the rejected trajectory of a preference row."""
-  _check_mapping(row, place)
+  check_object(row, place)
   chosen, rejected = (_part(row, k, place) for k in ("chosen", "rejected"))
   if row.get("prompt") is not None:
     prompt = _part(row, "prompt", place)
@@ -151,13 +151,6 @@ def _trajectory(
   return Trajectory(
     turns=turns, reward=reward, turn_rewards=turn_rewards, **fields
   )
-
-
-def _check_mapping(row: Any, place: str) -> None:
-  if not isinstance(row, Mapping):
-    raise BrokenJsonError(
-      place, f"expected a JSON object, got {type(row).__name__}"
-    )
 
 
 def _common_fields(row: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oreo_jax import files
 from oreo_jax.data import rows as rows_lib
-from oreo_jax.data.errors import (
-  BrokenJsonError,
-  EncodingError,
-  TrajectoryError,
-  keep_good,
-)
+from oreo_jax.data.errors import TrajectoryError, keep_good
+from oreo_jax.data.records import read_records
 from oreo_jax.data.schema import Pair, Trajectory, Turn, stable_hash
 
 __all__ = [
@@ -150,95 +145,7 @@ def _placed_rows(source: Source) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(source, start=1):
       yield f"row {number}", row
     return
-  path = pathlib.Path(source)
-  if path.is_dir():
-    yield from _directory_rows(path)
-  elif not path.is_file():
-    raise ValueError(f"{path} does not exist; set --config.data.path")
-  else:
-    yield from READERS.get(path.suffix, _jsonl_rows)(path)
-
-
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields an object or an error for every line that is not blank."""
-  with path.open("rb") as file:
-    for number, line in enumerate(file, start=1):
-      place = f"{path}:{number}"
-      try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-      except UnicodeDecodeError as error:
-        yield place, EncodingError(place, f"invalid UTF-8 ({error.reason})")
-        continue
-      if not text.strip():
-        continue
-      try:
-        row = json.loads(text)
-      except (ValueError, RecursionError) as error:
-        row = BrokenJsonError(place, f"broken JSON ({error})")
-      yield place, row
-
-
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields the rows of a Parquet file, a batch in memory at a time."""
-  import pyarrow
-  import pyarrow.parquet
-
-  try:
-    with pyarrow.parquet.ParquetFile(path) as file:
-      batches = (batch.to_pylist() for batch in file.iter_batches())
-      yield from _numbered(path, (row for batch in batches for row in batch))
-  except pyarrow.ArrowException as error:
-    raise ValueError(f"{path} is no readable Parquet file: {error}") from error
-
-
-def _arrow_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields the rows of an Arrow file."""
-  import datasets
-  import pyarrow
-
-  try:
-    rows = datasets.Dataset.from_file(str(path))
-  except pyarrow.ArrowException as error:
-    raise ValueError(f"{path} is no readable Arrow file: {error}") from error
-  yield from _numbered(path, rows)
-
-
-def _directory_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Yields the rows of a directory."""
-  if (path / "dataset_dict.json").is_file():
-    splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-    raise ValueError(
-      f"{path} holds several splits; set --config.data.path to one of "
-      + ", ".join(str(path / split) for split in splits)
-    )
-  if (path / "state.json").is_file():
-    import datasets
-
-    yield from _numbered(path, datasets.load_from_disk(str(path)))
-    return
-  files = sorted(f for f in path.iterdir() if f.suffix in READERS)
-  if not files:
-    raise ValueError(
-      f"{path} has no {', '.join(READERS)} file; set --config.data.path"
-    )
-  for file in files:
-    yield from READERS[file.suffix](file)
-
-
-def _numbered(
-  path: pathlib.Path, rows: Iterable[Any]
-) -> Iterator[tuple[str, Any]]:
-  """Yields the rows of a file that has rows instead of lines."""
-  for number, row in enumerate(rows, start=1):
-    yield f"{path}:{number}", row
-
-
-READERS = {
-  ".jsonl": _jsonl_rows,
-  ".json": _jsonl_rows,
-  ".parquet": _parquet_rows,
-  ".arrow": _arrow_rows,
-}
+  yield from read_records(source)
 
 
 def _write_jsonl(

@@ -30,7 +30,7 @@ def make_gsm8k(
   r"""Makes the task.
 
   Args:
-    path: hub name, file or directory (see `rows.read_rows`).
+    path: hub name, file or folder (see `data.records`).
     subset: configuration on the hub.
     prompt: a key of `question_task.PROMPTS` or a text with `{question}`.
     answer_format: how demonstrations end: `####`, `boxed` or `A:`. Grading

@@ -53,7 +53,7 @@ def make_jsonl(
   """Makes the task.
 
   Args:
-    path: file or directory (see `rows.read_rows`); without files a split,
+    path: file or directory (see `data.records`); without files a split,
       problems are split 8:1:1 by a hash of their prompt.
     prompt: a key of `question_task.PROMPTS` or a text with `{question}`.
     grading: `math` (see `MathGrader`) or `exact` (see `ExactGrader`).

@@ -27,7 +27,7 @@ def make_math(
   r"""Makes the task.
 
   Args:
-    path: hub name, file or directory (see `rows.read_rows`).
+    path: hub name, file or folder (see `data.records`).
     subset: configuration on the hub.
     test_path: where the test split comes from instead, e.g.
       `HuggingFaceH4/MATH-500`; its problems are dropped from train.

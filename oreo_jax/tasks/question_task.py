@@ -77,7 +77,7 @@ class QuestionTask:
 
     Args:
       name: the task's name.
-      read: returns the rows by split name (see `rows.read_rows`).
+      read: returns the rows by split name (see `data.records`).
       parse: reads a row; raises a ValueError that names its place.
       prompt: a key of `PROMPTS`, or a text that holds `{question}`.
       grader: compares final answers.
