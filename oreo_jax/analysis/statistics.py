@@ -1,9 +1,7 @@
-"""Intervals, paired tests and ranking quality for reported figures.
+"""Intervals, paired tests and calibration for reported figures.
 
 Everything here is NumPy and SciPy in float64 on the host. An accuracy comes
-with a 95% interval, two methods on the same problems are compared as pairs, and
-a critic is judged within problems: a pooled AUC mostly measures which problems
-are easy.
+with a 95% interval, and two methods on the same problems are compared as pairs.
 """
 
 from __future__ import annotations
@@ -12,15 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
-
-
-class ProblemAuc(NamedTuple):
-  """Within-problem ranking quality of a critic."""
-
-  auc: float  # mean over problems; nan when no problem has both classes
-  interval: tuple[float, float]  # percentile bootstrap over problems
-  problems: int  # problems with both classes: the ones that count
-  pairs: int  # (right, wrong) pairs in those problems
 
 
 class CalibrationBins(NamedTuple):
@@ -81,84 +70,6 @@ def wilson_interval(
     confidence_level=confidence, method="wilson"
   )
   return float(interval.low), float(interval.high)
-
-
-def pooled_auc(scores: np.ndarray, labels: np.ndarray) -> float:
-  """Probability that a right answer scores above a wrong one, ties 1/2.
-
-  Args:
-    scores: f[n].
-    labels: bool[n] (or 0/1): right or wrong.
-
-  Returns:
-    The area under the ROC curve; nan when one class is empty.
-
-  >>> pooled_auc(np.array([0.1, 0.9, 0.9]), np.array([0, 1, 0]))
-  0.75
-  """
-  scores, labels = _scores_and_labels(scores, labels)
-  right, wrong = int(labels.sum()), int((~labels).sum())
-  if not right or not wrong:
-    return float("nan")
-  return _wins(scores, labels) / (right * wrong)
-
-
-def within_problem_auc(
-  scores: np.ndarray,
-  labels: np.ndarray,
-  problems: np.ndarray,
-  *,
-  confidence: float = 0.95,
-  resamples: int = 1000,
-  seed: int = 0,
-) -> ProblemAuc:
-  """AUC of right against wrong answers to the same problem.
-
-  The AUC of every problem that has both a right and a wrong answer, averaged
-  with equal weight a problem (not a pair, which would favour the problems of
-  middling difficulty). Problems with one class say nothing and are left out.
-  The interval resamples problems, since answers to one problem are dependent.
-
-  Args:
-    scores: f[n], one score an answer.
-    labels: bool[n] (or 0/1): right or wrong.
-    problems: [n], any sortable identifier; equal means the same problem.
-    confidence: Coverage of the interval in (0, 1).
-    resamples: Bootstrap samples.
-    seed: Of the bootstrap.
-
-  Returns:
-    `ProblemAuc`, all nan with zero counts when no problem has both classes.
-
-  Raises:
-    ValueError: If the shapes differ or a score is not finite.
-  """
-  scores, labels = _scores_and_labels(scores, labels)
-  problems = np.asarray(problems)
-  if problems.shape != scores.shape:
-    raise ValueError(
-      f"problems has shape {problems.shape}, scores has {scores.shape}: "
-      "expected one problem an answer"
-    )
-  _, group = np.unique(problems, return_inverse=True)
-  order = np.argsort(group, kind="stable")
-  ends = np.cumsum(np.bincount(group))[:-1]
-  aucs = []
-  pairs = 0
-  for members in np.split(order, ends):
-    right = int(labels[members].sum())
-    wrong = members.size - right
-    if right and wrong:
-      pairs += right * wrong
-      aucs.append(_wins(scores[members], labels[members]) / (right * wrong))
-  if not aucs:
-    nan = float("nan")
-    return ProblemAuc(nan, (nan, nan), 0, 0)
-  per_problem = np.array(aucs)
-  interval = bootstrap_interval(
-    per_problem, confidence=confidence, resamples=resamples, seed=seed
-  )
-  return ProblemAuc(float(per_problem.mean()), interval, len(aucs), pairs)
 
 
 def bootstrap_interval(
@@ -253,8 +164,8 @@ def paired_test(
   Raises:
     ValueError: If the shapes differ or are empty.
   """
-  first = _grades(first, "first")
-  second = _grades(second, "second")
+  first = check_grades(first, "first")
+  second = check_grades(second, "second")
   if first.shape != second.shape or not first.size:
     raise ValueError(
       "expected two grade arrays over the same problems, got shapes "
@@ -300,14 +211,8 @@ def spread(samples: np.ndarray, *, confidence: float = 0.95) -> Spread:
   return Spread(mean, std, (mean - half, mean + half), samples.size)
 
 
-def _wins(scores: np.ndarray, labels: np.ndarray) -> float:
-  """Number of (right, wrong) pairs ranked right, ties 1/2: Mann-Whitney U."""
-  ranks = stats.rankdata(scores)
-  right = int(labels.sum())
-  return float(ranks[labels].sum() - right * (right + 1) / 2)
-
-
-def _grades(labels: np.ndarray, name: str) -> np.ndarray:
+def check_grades(labels: np.ndarray, name: str) -> np.ndarray:
+  """Returns bool[n] of grades that are 0 or 1; `name` stands in the error."""
   labels = np.asarray(labels)
   if labels.ndim != 1 or not np.isin(labels, (0, 1)).all():
     raise ValueError(
@@ -315,18 +220,3 @@ def _grades(labels: np.ndarray, name: str) -> np.ndarray:
       f"{labels.shape} with values such as {labels.ravel()[:3].tolist()}"
     )
   return labels.astype(bool)
-
-
-def _scores_and_labels(
-  scores: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  scores = np.asarray(scores, np.float64)
-  labels = _grades(labels, "labels")
-  if scores.shape != labels.shape:
-    raise ValueError(
-      f"scores has shape {scores.shape}, labels has {labels.shape}: expected "
-      "one label a score"
-    )
-  if not np.isfinite(scores).all():
-    raise ValueError("scores: expected finite numbers, got nan or infinity")
-  return scores, labels

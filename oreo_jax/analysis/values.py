@@ -13,11 +13,8 @@ import jax
 import numpy as np
 
 from oreo_jax import data
-from oreo_jax.analysis.statistics import (
-  calibration_bins,
-  pooled_auc,
-  within_problem_auc,
-)
+from oreo_jax.analysis.auc import pooled_auc, within_problem_auc
+from oreo_jax.analysis.statistics import calibration_bins
 from oreo_jax.config import Config
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Params

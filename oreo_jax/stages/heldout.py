@@ -6,7 +6,7 @@ the length of the answer and its mean log-probability under the base policy.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from oreo_jax import data, models
 from oreo_jax.analysis import values
+from oreo_jax.analysis.auc import compare_scores
 from oreo_jax.config import ConfigError, ModelConfig
 from oreo_jax.files import write_json
 from oreo_jax.hosts import to_host
@@ -38,17 +39,6 @@ class Answer(NamedTuple):
 
   values: np.ndarray  # of the state before each token
   logps: np.ndarray  # of each token, under the base policy
-
-
-class Aucs(NamedTuple):
-  """AUC of one score, and what the bootstrap made of it."""
-
-  auc: float
-  samples: np.ndarray  # f64[resamples]; nan where a class was missing
-
-  def interval(self, confidence: float = 0.95) -> list[float]:
-    """Returns the percentile interval."""
-    return _interval(self.samples, confidence)
 
 
 def evaluate_trajectories(workspace: Workspace) -> dict[str, Any]:
@@ -184,126 +174,6 @@ def score_answers(
           found[chosen[member]] = Answer(*answer)
           progress.update()
   return [found[i] for i in range(len(sequences))]
-
-
-def compare_scores(
-  scores: Mapping[str, np.ndarray],
-  labels: np.ndarray,
-  problems: Sequence[str],
-  *,
-  resamples: int = 2000,
-  seed: int = 0,
-) -> dict[str, Any]:
-  """Returns the AUC of every score, and by how much the first is better.
-
-  Args:
-    scores: f[n] each, higher for what is likely right; the first is compared
-      with the others.
-    labels: bool[n].
-    problems: [n]; the bootstrap draws whole problems, the same ones for every
-      score, so that differences are paired.
-    resamples: of the bootstrap.
-    seed: of the bootstrap.
-
-  Returns:
-    The `value_scores` part of results.json.
-  """
-  kinds = {
-    name: problem_bootstrap(
-      score, labels, problems, resamples=resamples, seed=seed
-    )
-    for name, score in scores.items()
-  }
-  first = next(iter(kinds.values()))
-  rows = []
-  for name, found in kinds.items():
-    row: dict[str, Any] = {"name": name}
-    for kind, aucs in found.items():
-      row[f"{kind}_auc"] = aucs.auc
-      row[f"{kind}_interval"] = aucs.interval()
-      row[f"{kind}_lead"] = first[kind].auc - aucs.auc
-      row[f"{kind}_lead_interval"] = _interval(
-        first[kind].samples - aucs.samples, 0.95
-      )
-    rows.append(row)
-  mixed = {p for p, x in zip(problems, labels, strict=True) if x}
-  mixed &= {p for p, x in zip(problems, labels, strict=True) if not x}
-  return {
-    "trajectories": len(labels),
-    "right": int(np.sum(labels)),
-    "problems": len(set(problems)),
-    "mixed_problems": len(mixed),
-    "scores": rows,
-  }
-
-
-def problem_bootstrap(
-  scores: np.ndarray,
-  labels: np.ndarray,
-  problems: Sequence[str],
-  *,
-  resamples: int = 2000,
-  seed: int = 0,
-) -> dict[str, Aucs]:
-  """AUC pooled over all answers and within problems, resampling problems.
-
-  A resample gives every problem a weight, the number of times it was drawn.
-  Pooled, an answer counts as often as its problem; within, the mean over the
-  problems that have a right and a wrong answer is weighted.
-
-  Returns:
-    {"pooled": Aucs, "within": Aucs}.
-  """
-  scores = np.asarray(scores, np.float64)
-  labels = np.asarray(labels, bool)
-  _, group = np.unique(np.asarray(problems), return_inverse=True)
-  _, rank = np.unique(scores, return_inverse=True)
-  count = int(group.max()) + 1
-  own = np.full(count, np.nan)
-  for problem in range(count):
-    at = group == problem
-    own[problem] = _weighted_auc(rank[at], labels[at], np.ones(int(at.sum())))
-  mixed = np.isfinite(own)
-
-  def both(weights):
-    inside = weights[mixed]
-    within = own[mixed] @ inside / inside.sum() if inside.any() else np.nan
-    return _weighted_auc(rank, labels, weights[group]), within
-
-  rng = np.random.default_rng(seed)
-  even = np.full(count, 1 / count)
-  drawn = np.array(
-    [
-      both(rng.multinomial(count, even).astype(np.float64))
-      for _ in range(resamples)
-    ]
-  )
-  pooled, within = both(np.ones(count))
-  return {
-    "pooled": Aucs(float(pooled), drawn[:, 0]),
-    "within": Aucs(float(within), drawn[:, 1]),
-  }
-
-
-def _weighted_auc(
-  rank: np.ndarray, labels: np.ndarray, weights: np.ndarray
-) -> float:
-  """P(right above wrong), ties 1/2, of answers with weights; nan if none."""
-  right = np.bincount(rank, weights * labels)
-  wrong = np.bincount(rank, weights * ~labels)
-  total = right.sum() * wrong.sum()
-  if not total:
-    return float("nan")
-  below = np.cumsum(wrong) - wrong
-  return float(right @ (below + wrong / 2) / total)
-
-
-def _interval(samples: np.ndarray, confidence: float) -> list[float]:
-  tail = (1 - confidence) / 2
-  finite = samples[np.isfinite(samples)]
-  if not len(finite):
-    return [float("nan")] * 2
-  return np.quantile(finite, [tail, 1 - tail]).tolist()
 
 
 def _of_problem(scores: Sequence[float], problems: Sequence[str]) -> np.ndarray:

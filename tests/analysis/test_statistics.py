@@ -8,21 +8,11 @@ from scipy import stats
 from oreo_jax.analysis import statistics
 
 
-def brute_auc(scores, labels):
-  wins = pairs = 0.0
-  for right, is_right in zip(scores, labels, strict=True):
-    for wrong, other in zip(scores, labels, strict=True):
-      if is_right and not other:
-        pairs += 1
-        wins += 1.0 if right > wrong else 0.5 if right == wrong else 0.0
-  return wins / pairs if pairs else math.nan
-
-
 def test_doctests():
   result = doctest.testmod(
     statistics, extraglobs={"np": np}, raise_on_error=False
   )
-  assert result.attempted >= 3
+  assert result.attempted >= 2
   assert result.failed == 0
 
 
@@ -51,83 +41,6 @@ def test_wilson_by_hand_and_width():
 def test_wilson_rejects_bad_counts(correct, total):
   with pytest.raises(ValueError, match="correct <= total"):
     statistics.wilson_interval(correct, total)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_pooled_auc_is_the_pair_count(seed):
-  rng = np.random.default_rng(seed)
-  scores = rng.integers(0, 6, 40) / 5  # many ties
-  labels = rng.random(40) < 0.4
-  assert statistics.pooled_auc(scores, labels) == pytest.approx(
-    brute_auc(scores, labels), abs=1e-12
-  )
-  # A strictly rising map keeps it; a falling one mirrors it.
-  assert statistics.pooled_auc(np.exp(scores), labels) == pytest.approx(
-    statistics.pooled_auc(scores, labels)
-  )
-  assert statistics.pooled_auc(-scores, labels) == pytest.approx(
-    1 - statistics.pooled_auc(scores, labels)
-  )
-
-
-def test_pooled_auc_of_one_class_is_nan():
-  assert math.isnan(statistics.pooled_auc(np.ones(3), np.ones(3)))
-  assert math.isnan(statistics.pooled_auc(np.ones(3), np.zeros(3)))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_within_problem_auc_is_the_mean_over_problems(seed):
-  rng = np.random.default_rng(seed)
-  problems = rng.integers(0, 12, 90)
-  scores = np.round(rng.normal(size=90), 1)
-  labels = rng.random(90) < 0.3
-  aucs = []
-  pairs = 0
-  for problem in range(12):
-    mine = problems == problem
-    auc = brute_auc(scores[mine], labels[mine])
-    if not math.isnan(auc):
-      aucs.append(auc)
-      pairs += int(labels[mine].sum() * (~labels[mine]).sum())
-  names = np.array([f"p{problem}" for problem in problems])
-  result = statistics.within_problem_auc(scores, labels, names)
-  assert result.auc == pytest.approx(np.mean(aucs), abs=1e-12)
-  assert (result.problems, result.pairs) == (len(aucs), pairs)
-  assert result.interval[0] < result.auc < result.interval[1]
-
-  # The order of the answers does not matter, the interval included.
-  order = rng.permutation(90)
-  again = statistics.within_problem_auc(
-    scores[order], labels[order], names[order]
-  )
-  assert again == result
-
-
-def test_within_problem_auc_ignores_which_problems_are_easy():
-  # A critic that knows the problem but nothing about the answers: pooled it
-  # looks good, within problems it is a coin.
-  rng = np.random.default_rng(0)
-  problems = np.repeat(np.arange(200), 8)
-  ease = np.repeat(rng.random(200), 8)
-  labels = rng.random(1600) < ease
-  assert statistics.pooled_auc(ease, labels) > 0.8
-  assert statistics.within_problem_auc(ease, labels, problems).auc == 0.5
-
-
-def test_problems_weigh_the_same_whatever_their_pairs():
-  problems = np.array([0] * 2 + [1] * 20)
-  labels = np.array([1, 0] + [1] * 10 + [0] * 10)
-  scores = np.where(problems == 0, labels, 1 - labels).astype(float)
-  assert statistics.within_problem_auc(scores, labels, problems).auc == 0.5
-
-
-def test_within_problem_auc_without_a_mixed_problem_is_nan():
-  for n in (0, 4):
-    result = statistics.within_problem_auc(
-      np.zeros(n), np.zeros(n), np.arange(n)
-    )
-    assert math.isnan(result.auc)
-    assert (result.problems, result.pairs) == (0, 0)
 
 
 def test_bootstrap_covers_and_is_seeded():
@@ -213,12 +126,6 @@ def test_spread_by_hand():
 @pytest.mark.parametrize(
   "call",
   [
-    lambda: statistics.pooled_auc(np.ones(3), np.ones(2)),
-    lambda: statistics.pooled_auc(np.ones(2), np.array([0.5, 1])),
-    lambda: statistics.pooled_auc(np.array([np.nan, 1]), np.array([0, 1])),
-    lambda: statistics.within_problem_auc(
-      np.ones(2), np.array([0, 1]), np.ones(3)
-    ),
     lambda: statistics.calibration_bins(np.ones(2), np.ones(3)),
     lambda: statistics.paired_test(np.ones(2), np.ones(3)),
     lambda: statistics.spread(np.array([])),

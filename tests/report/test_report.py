@@ -9,6 +9,7 @@ import pytest
 
 from oreo_jax import report
 from oreo_jax.analysis import statistics
+from oreo_jax.analysis.auc import compare_scores
 from oreo_jax.metrics import MetricsWriter
 from oreo_jax.report import plots
 
@@ -309,6 +310,26 @@ def test_table_for_the_terminal():
     "",
     "sequences and tokens: policy samples a problem",
   ]
+
+
+def test_table_and_headline_of_a_run_without_methods():
+  rng = np.random.default_rng(0)
+  problems = [str(i // 4) for i in range(80)]
+  labels = rng.random(80) < 0.4
+  scores = rng.normal(size=80) + labels
+  results = {
+    "task": "trajectories",
+    "seed": 0,
+    "problems": 20,
+    "methods": [],
+    "value_scores": compare_scores(
+      {"value, last state": scores}, labels, problems, resamples=50
+    ),
+  }
+  table = report.format_table(results)
+  assert table.splitlines()[2].startswith("value, last state")
+  assert "AUC within" in table and "trajectories are right" in table
+  assert "20 held-out problems" in report.headline(results)
 
 
 @pytest.mark.parametrize(
