@@ -118,15 +118,19 @@ def _add_eos(
   encoded: list[Encoded],
   tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[Piece], list[Encoded]]:
-  """Puts the end-of-sequence token last, unless it is there."""
+  """Puts the end-of-sequence token last, in a piece of its own.
+
+  If the response ends with that token already, it is split off.
+  """
   eos = tokenizer.eos_token_id
   if eos is None:
     raise ValueError(
       f"trajectory {trajectory.place} ends, but the tokenizer has no EOS"
       " token; use one that has, or mark the trajectory as truncated"
     )
-  if len(encoded[-1].ids) and encoded[-1].ids[-1] == eos:
-    return pieces, encoded
+  last = encoded[-1]
+  if len(last.ids) and last.ids[-1] == eos:
+    encoded = [*encoded[:-1], Encoded(last.ids[:-1], last.starts[:-1])]
   end = Piece("", pieces[-1].action, is_end=True)
   return [*pieces, end], [*encoded, _single(eos)]
 

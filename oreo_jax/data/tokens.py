@@ -1,14 +1,14 @@
 """From trajectories to tokens with exact masks.
 
-What a mask says is settled on text and carried over to tokens by offsets: a
-token that straddles the boundary of two steps belongs to the step in which it
-starts. Prompt and response meet at a token boundary.
+Prompt and response meet at a token boundary. Where a step ends is asked of the
+caller, who tells it by the token ids, as the sampler does: a step ends with a
+token, and the next token begins the next step.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 GRANULARITIES = ("token", "step", "response")
 # Trajectories tokenised at once.
 CHUNK = 1024
-# Stands for the end token when asking whether it begins a step.
-_END_MARK = "\ue000"
+# Takes the token ids of one assistant turn, i32[L], without its end token, and
+# returns bool[L]: the tokens in which a step ends.
+StepEnds = Callable[[np.ndarray], np.ndarray]
 
 
 class Tokenized(NamedTuple):
@@ -45,6 +46,7 @@ def tokenize_trajectory(
   tokenizer: PreTrainedTokenizerBase,
   *,
   granularity: str = "token",
+  step_ends: StepEnds | None = None,
   delimiters: Delimiters = "lines",
   max_length: int | None = None,
 ) -> Tokenized:
@@ -53,6 +55,7 @@ def tokenize_trajectory(
     [trajectory],
     tokenizer,
     granularity=granularity,
+    step_ends=step_ends,
     delimiters=delimiters,
     max_length=max_length,
   )[0]
@@ -63,6 +66,7 @@ def tokenize_trajectories(
   tokenizer: PreTrainedTokenizerBase,
   *,
   granularity: str = "token",
+  step_ends: StepEnds | None = None,
   delimiters: Delimiters = "lines",
   max_length: int | None = None,
   on_error: str = "raise",
@@ -78,8 +82,11 @@ def tokenize_trajectories(
     trajectories: to tokenise.
     tokenizer: a fast tokenizer.
     granularity: what one action is: a "token", a "step", or the "response".
-    delimiters: what ends a step; see `steps.step_starts`. The end token is a
-      step of its own only right after a delimiter.
+    step_ends: where the steps of a turn end. The turn's first token, every
+      token after the end of a step, and the end token are decisions. The end
+      token always is one, so that the value of a finished answer is trained.
+    delimiters: what ends a step where `step_ends` is not given; see
+      `steps.step_starts`.
     max_length: most tokens a sequence may have.
     on_error: "raise", or "skip" to drop chats that the template cannot render
       and prompts that have no token or fill `max_length`, and log the counts.
@@ -110,7 +117,9 @@ def tokenize_trajectories(
   for start in range(0, len(plans), CHUNK):
     chunk = plans[start : start + CHUNK]
     for trajectory, pieces, encoded in encode_plans(chunk, tokenizer):
-      sequence = _assemble(trajectory, pieces, encoded, granularity, delimiters)
+      sequence = _assemble(
+        trajectory, pieces, encoded, granularity, step_ends, delimiters
+      )
       error = _length_error(trajectory, sequence, max_length)
       if error is None:
         sequences.append(sequence)
@@ -152,40 +161,35 @@ def _assemble(
   pieces: Sequence[Piece],
   encoded: Sequence[Encoded],
   granularity: str,
+  step_ends: StepEnds | None,
   delimiters: Delimiters,
 ) -> Tokenized:
   """Joins the tokens of the pieces and writes masks and rewards."""
-  tokens = np.concatenate([part.ids for part in encoded])
-  firsts = np.cumsum([0] + [len(part.ids) for part in encoded])
+  tokens = np.concatenate([tokenized.ids for tokenized in encoded])
+  edges = np.cumsum([0] + [len(tokenized.ids) for tokenized in encoded])
   action_mask = np.zeros(len(tokens), bool)
-  step_mask = np.zeros(len(tokens), bool)
+  decision_mask = np.zeros(len(tokens), bool)
   rewards = np.zeros(len(tokens), np.float32)
   last_of_turn: dict[int, int] = {}
   for index, piece in enumerate(pieces):
-    first, end = firsts[index], firsts[index + 1]
+    first, end = edges[index], edges[index + 1]
     if piece.action == CONTEXT or first == end:
       continue
     action_mask[first:end] = True
     last_of_turn[piece.action] = end - 1
-    if piece.is_end:
-      continue
-    # The end token can begin a step: ask with a stand-in after the text.
-    follows = pieces[index + 1 : index + 3]
-    ends = next((i for i, p in enumerate(follows) if p.is_end), None)
-    text = piece.text if ends is None else piece.text + _END_MARK
-    for start in step_starts(text, delimiters):
-      at = first + np.searchsorted(encoded[index].starts, start)
-      if at < end:
-        step_mask[at] = True
-      elif ends is not None:
-        step_mask[firsts[index + 1 + ends]] = True
-  if granularity == "token":
-    decision_mask = action_mask.copy()
-  elif granularity == "step":
-    decision_mask = step_mask
-  else:
-    decision_mask = np.zeros(len(tokens), bool)
-    decision_mask[action_mask.argmax()] = action_mask.any()
+    if granularity == "token":
+      decision_mask[first:end] = True
+    elif granularity == "step" and piece.is_end:
+      # To stop is an action of its own, also in the middle of a line.
+      decision_mask[first] = True
+    elif granularity == "step":
+      decision_mask[first:end] = (
+        _first_tokens(encoded[index].ids, step_ends)
+        if step_ends is not None
+        else _first_tokens_in_text(piece.text, encoded[index], delimiters)
+      )
+  if granularity == "response" and action_mask.any():
+    decision_mask[action_mask.argmax()] = True
   _set_rewards(trajectory, rewards, last_of_turn)
   return Tokenized(
     tokens=tokens,
@@ -195,6 +199,30 @@ def _assemble(
     id=trajectory.id,
     problem=trajectory.problem,
   )
+
+
+def _first_tokens(ids: np.ndarray, step_ends: StepEnds) -> np.ndarray:
+  """Returns bool[L], the tokens of a turn that begin a step."""
+  ends = np.asarray(step_ends(ids))
+  if ends.shape != ids.shape or ends.dtype != bool:
+    raise ValueError(
+      f"step_ends returned {ends.dtype}{list(ends.shape)} for {len(ids)}"
+      f" tokens; expected bool[{len(ids)}]"
+    )
+  # The first token begins the first step, whatever comes before it.
+  return np.concatenate([[True], ends[:-1]])
+
+
+def _first_tokens_in_text(
+  text: str, encoded: Encoded, delimiters: Delimiters
+) -> np.ndarray:
+  """Returns the same by delimiters, which are looked for in the text."""
+  mask = np.zeros(len(encoded.ids), bool)
+  for start in step_starts(text, delimiters):
+    at = np.searchsorted(encoded.starts, start)
+    if at < len(mask):
+      mask[at] = True
+  return mask
 
 
 def _set_rewards(

@@ -222,14 +222,18 @@ def test_observations_are_no_actions():
     chat(turns, 1.25, turn_rewards=(0.25, 1.0)),
     tokenizer,
     granularity="step",
+    step_ends=lambda ids: ids == tokenizer.encode("\n")[0],
   )
   assert actions(sequence, tokenizer) == [
     "open drawer\nthen look<|im_end|>",
     "take mug<|im_end|>",
   ]
-  at = [*np.flatnonzero(sequence.decision_mask), None]
-  starts = [tokenizer.decode(sequence.tokens[i : i + 4]) for i in at[:-1]]
-  assert starts == ["open", "then", "take"]
+  starts = np.flatnonzero(sequence.decision_mask)
+  # The end token of each turn is a step of its own.
+  assert [tokenizer.decode(sequence.tokens[i]) for i in starts] == [
+    *["o", "t", "<|im_end|>"],
+    *["t", "<|im_end|>"],
+  ]
   paid = np.flatnonzero(sequence.rewards)
   assert sequence.rewards[paid].tolist() == [0.25, 1.0]
   assert tokenizer.decode(sequence.tokens[paid]) == "<|im_end|>" * 2

@@ -69,6 +69,21 @@ TOKENIZERS = {
 }
 
 
+def line_ends(tokenizer):
+  """Marks tokens whose text ends with a line break, after anything said."""
+
+  def step_ends(ids):
+    ends, said = [], False
+    for token in ids:
+      text = tokenizer.decode([token])
+      said = said or bool(text.strip())
+      ends.append(said and text.endswith("\n"))
+      said = said and not ends[-1]
+    return np.array(ends, bool)
+
+  return step_ends
+
+
 def split_steps(sequence, tokenizer):
   """Decodes the tokens from each decision to the next."""
   at = [*np.flatnonzero(sequence.decision_mask), len(sequence.tokens)]
@@ -83,10 +98,11 @@ def test_bytes_by_hand():
     Trajectory.from_text("ab", "c\nd", 0.5, id="7", problem="p"),
     BYTE,
     granularity="step",
+    step_ends=lambda ids: ids == 10,
   )
   assert sequence.tokens.tolist() == [256, 97, 98, 99, 10, 100, 257]
   assert sequence.action_mask.tolist() == [False] * 3 + [True] * 4
-  assert np.flatnonzero(sequence.decision_mask).tolist() == [3, 5]
+  assert np.flatnonzero(sequence.decision_mask).tolist() == [3, 5, 6]
   assert sequence.rewards.tolist() == [0] * 6 + [0.5]
   assert (sequence.id, sequence.problem) == ("7", "p")
   assert [a.dtype.name for a in sequence[:4]] == [
@@ -105,9 +121,17 @@ def test_truncated_has_no_end():
   assert sequence.rewards.tolist() == [0, 0, 0, 1]
 
 
-def test_special_tokens_are_not_doubled():
-  sequence = tokenize(Trajectory.from_text("<|bos|>a", "b<|eos|>", 1.0), BYTE)
+@pytest.mark.parametrize("granularity", ["token", "step", "response"])
+def test_special_tokens_are_not_doubled(granularity):
+  options = {"granularity": granularity, "step_ends": lambda ids: ids == 10}
+  sequence = tokenize(
+    Trajectory.from_text("<|bos|>a", "b<|eos|>", 1.0), BYTE, **options
+  )
   assert sequence.tokens.tolist() == [256, 97, 98, 257]
+  # However the end token comes about, it is the same action.
+  added = tokenize(Trajectory.from_text("a", "b", 1.0), BYTE, **options)
+  for a, b in zip(sequence[:4], added[:4], strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -158,7 +182,8 @@ def test_token_belongs_to_the_step_in_which_it_starts():
     assert split_steps(sequence, TOKENIZERS[name]) == [
       "Twelve eggs. The",
       " cook takes. The",
-      " end.<|eos|>",
+      " end.",
+      "<|eos|>",
     ]
   sequence = tokenize(
     Trajectory.from_text("q", response, 1.0),
@@ -169,7 +194,8 @@ def test_token_belongs_to_the_step_in_which_it_starts():
   assert split_steps(sequence, BYTE) == [
     "Twelve eggs. ",
     "The cook takes. ",
-    "The end.<|eos|>",
+    "The end.",
+    "<|eos|>",
   ]
 
 
@@ -182,30 +208,56 @@ def test_line_steps_decode_to_the_lines(name):
     tokenizer,
     granularity="step",
   )
-  lines[-1] += "<|eos|>"
-  assert split_steps(sequence, tokenizer) == lines
+  assert split_steps(sequence, tokenizer) == [*lines, "<|eos|>"]
 
 
+@pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize(
   "response, expected",
   [
-    ("go\nleft", ["go\n", "left[eos]"]),
-    # After a delimiter, to stop is a step of its own.
+    # To stop is a step of its own, after a delimiter and without one.
+    ("go\nleft", ["go\n", "left", "[eos]"]),
     ("go\nleft\n", ["go\n", "left\n", "[eos]"]),
-    ("go left \n right", ["goleft\n", "right[eos]"]),
-    ("\n\ngo\n\nleft", ["\n\ngo\n\n", "left[eos]"]),
+    ("go left \n right", ["goleft\n", "right", "[eos]"]),
+    ("go", ["go", "[eos]"]),
+    # A step ends with the first delimiter after something was said.
+    ("\n\ngo\n\nleft", ["\n\ngo\n", "\nleft", "[eos]"]),
   ],
 )
-def test_steps_of_words(response, expected):
+def test_steps_of_words(response, expected, truncated):
   tokenizer = words()
   sequence = tokenize(
-    Trajectory.from_text("goal .", response, 1.0),
+    Trajectory.from_text("goal .", response, 1.0, truncated=truncated),
     tokenizer,
     granularity="step",
-    delimiters=("\n",),
+    step_ends=line_ends(tokenizer),
   )
-  found = [step.replace(" ", "") for step in split_steps(sequence, tokenizer)]
-  assert found == expected
+  steps = [step.replace(" ", "") for step in split_steps(sequence, tokenizer)]
+  assert steps == (expected[:-1] if truncated else expected)
+
+
+def test_step_ends_is_asked_about_the_response_alone():
+  asked = []
+
+  def step_ends(ids):
+    asked.append(ids.tolist())
+    return np.array([True, False, True])
+
+  sequence = tokenize(
+    Trajectory.from_text("ab", "cde", 1.0),
+    BYTE,
+    granularity="step",
+    step_ends=step_ends,
+  )
+  assert asked == [[99, 100, 101]]
+  assert np.flatnonzero(sequence.decision_mask).tolist() == [3, 4, 6]
+  with pytest.raises(ValueError, match=r"step_ends returned.*bool\[3\]"):
+    tokenize(
+      Trajectory.from_text("ab", "cde", 1.0),
+      BYTE,
+      granularity="step",
+      step_ends=lambda ids: np.zeros(2, bool),
+    )
 
 
 def test_pad_equal_to_eos_changes_nothing():
@@ -289,7 +341,6 @@ def test_random_texts_decode_to_their_steps(delimiters):
     steps = [
       response[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)
     ]
-    steps[-1] += "<|eos|>"
-    assert split_steps(sequence, BYTE) == steps
+    assert split_steps(sequence, BYTE) == [*steps, "<|eos|>"]
     context = sequence.tokens[~sequence.action_mask]
     assert BYTE.decode(context) == f"<|bos|>{prompt}"
