@@ -55,7 +55,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
   """Returns the tokenizer whose token b is byte b; BOS, EOS, PAD follow."""
   import tokenizers
 
-  vocab = {char: byte for byte, char in enumerate(_byte_characters())}
+  vocab = {char: byte for byte, char in enumerate(byte_characters())}
   model = tokenizers.models.BPE(vocab=vocab, merges=[])
   return _wrap(_byte_level(model, split_words=False))
 
@@ -74,7 +74,7 @@ def train_bpe(
   tokenizer = _byte_level(tokenizers.models.BPE(), split_words=True)
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=vocab_size - 3,
-    initial_alphabet=_byte_characters(),
+    initial_alphabet=byte_characters(),
     show_progress=False,
   )
   tokenizer.train_from_iterator(texts, trainer)
@@ -119,7 +119,7 @@ def save_tokenizer(
     tokenizer.save_pretrained(str(partial))
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
   """Returns the printable character that stands for each byte, in order."""
   printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
   characters, unprintable = [], 0

@@ -11,21 +11,26 @@ from oreo_jax.decode.rank import (
   reduce_values,
 )
 from oreo_jax.decode.sampling import ANCESTRAL, GREEDY, Sampler
+from oreo_jax.decode.stops import DELIMITERS, Stops, make_stops, step_ends
 
 __all__ = [
   "ANCESTRAL",
+  "DELIMITERS",
   "GREEDY",
   "BestOfN",
   "Generation",
   "Sampler",
   "Search",
+  "Stops",
   "answer_values",
   "batched",
   "best_of_n",
   "generate",
   "generate_all",
   "majority_vote",
+  "make_stops",
   "reduce_values",
   "search_all",
   "step_beam_search",
+  "step_ends",
 ]
