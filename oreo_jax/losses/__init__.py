@@ -1,8 +1,8 @@
 """Losses for offline reasoning, as pure functions of arrays.
 
-Nothing here knows of models, configs or the rest of the package: the module
-needs jax alone, so that any JAX project can import it. Gradients stop here
-and nowhere else.
+Nothing here knows of models, configs or the rest of the package. The module
+installs and imports with jax and numpy alone, so that any JAX project can use
+it. Gradients stop here and nowhere else.
 """
 
 from oreo_jax.losses.dqo import DqoLoss, dqo_loss
