@@ -1,4 +1,4 @@
-"""Rows of data files: what they may look like, and how they are written.
+"""Rows of data files: what they may look like, and how they are read.
 
   own          {"prompt", "response", "reward"}
                {"conversations": [{"role", "content"}, ...], "reward"}
@@ -80,59 +80,6 @@ def parse_pair(row: Any, place: str) -> Pair:
     named = fields | chat | {"id": f"{fields['id']}/{name}"}
     pair.append(_trajectory(turns, named, place, reward, None))
   return Pair(*pair)
-
-
-def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
-  """Returns the row this project writes for a trajectory."""
-  row: dict[str, Any] = {"id": trajectory.id}
-  if trajectory.problem != trajectory.prompt:
-    row["problem"] = trajectory.problem
-  if trajectory.is_chat:
-    row["conversations"] = _dicts(trajectory.turns)
-    if trajectory.given:
-      row["given"] = trajectory.given
-  else:
-    row["prompt"] = trajectory.prompt
-    row["response"] = trajectory.response
-  row["reward"] = trajectory.reward
-  if trajectory.turn_rewards is not None:
-    row["turn_rewards"] = list(trajectory.turn_rewards)
-  row["truncated"] = trajectory.truncated
-  return row
-
-
-def prompt_completion_row(trajectory: Trajectory) -> dict[str, Any]:
-  """Returns the row of TRL's prompt-completion type."""
-  if not trajectory.is_chat:
-    return {"prompt": trajectory.prompt, "completion": trajectory.response}
-  first = trajectory.actions[0]
-  return {
-    "prompt": _dicts(trajectory.turns[:first]),
-    "completion": _dicts(trajectory.turns[first:]),
-  }
-
-
-def unpaired_row(
-  trajectory: Trajectory, *, threshold: float = 0.5
-) -> dict[str, Any]:
-  """Returns the row of TRL's unpaired-preference type."""
-  row = prompt_completion_row(trajectory)
-  return row | {"label": trajectory.reward > threshold}
-
-
-def preference_row(pair: Pair) -> dict[str, Any]:
-  """Returns the row of TRL's preference type, with its prompt."""
-  chosen, rejected = map(prompt_completion_row, pair)
-  if chosen["prompt"] != rejected["prompt"]:
-    raise ValueError(
-      f"the pair {pair.chosen.place} and {pair.rejected.place} has two"
-      " prompts; a preference is between answers to one prompt"
-    )
-  return {
-    "prompt": chosen["prompt"],
-    "chosen": chosen["completion"],
-    "rejected": rejected["completion"],
-  }
 
 
 def _trajectory(
@@ -295,7 +242,3 @@ def _label(row: Mapping[str, Any], key: str, place: str) -> str:
   """Returns an optional name, which may be written as a number."""
   value = row.get(key)
   return "" if value is None else _text({key: str(value)}, key, place)
-
-
-def _dicts(turns: Sequence[Turn]) -> list[dict[str, str]]:
-  return [turn._asdict() for turn in turns]

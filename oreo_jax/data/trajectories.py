@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from oreo_jax import files
+from oreo_jax.data import output_rows
 from oreo_jax.data import rows as rows_lib
 from oreo_jax.data.errors import TrajectoryError, keep_good
 from oreo_jax.data.records import read_records
@@ -77,11 +78,11 @@ def save_trajectories(
       instead of this project's. They lose rewards other than right and wrong.
   """
   if trl_type is None:
-    rows = map(rows_lib.trajectory_row, trajectories)
+    rows = map(output_rows.trajectory_row, trajectories)
   elif trl_type == "prompt_completion":
-    rows = map(rows_lib.prompt_completion_row, trajectories)
+    rows = map(output_rows.prompt_completion_row, trajectories)
   elif trl_type == "unpaired_preference":
-    rows = map(rows_lib.unpaired_row, trajectories)
+    rows = map(output_rows.unpaired_row, trajectories)
   else:
     raise ValueError(f"trl_type is {trl_type!r}, expected one of {TRL_TYPES}")
   _write_jsonl(path, rows)
@@ -89,7 +90,7 @@ def save_trajectories(
 
 def save_pairs(path: str | os.PathLike[str], pairs: Iterable[Pair]) -> None:
   """Writes pairs as JSON lines of TRL's preference type."""
-  _write_jsonl(path, map(rows_lib.preference_row, pairs))
+  _write_jsonl(path, map(output_rows.preference_row, pairs))
 
 
 def split_by_problem(
