@@ -4,6 +4,7 @@ from oreo_jax.data.encoding import tokenize_prompt
 from oreo_jax.data.errors import TrajectoryError
 from oreo_jax.data.loader import Loader, make_loader
 from oreo_jax.data.packing import Batch, pack
+from oreo_jax.data.sampled import Sampled
 from oreo_jax.data.schema import Pair, Trajectory, Turn
 from oreo_jax.data.steps import step_starts
 from oreo_jax.data.tokenizer import (
@@ -28,6 +29,7 @@ __all__ = [
   "Batch",
   "Loader",
   "Pair",
+  "Sampled",
   "Tokenized",
   "Trajectory",
   "TrajectoryError",

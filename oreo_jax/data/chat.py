@@ -89,7 +89,8 @@ def chat_pieces(
     else:
       pieces.append(Piece(text[start:at], index))
       before = after
-  pieces = [piece for piece in pieces if piece.text]
+  # An answer without text stays: its tokens may have been recorded.
+  pieces = [p for p in pieces if p.text or p.action != CONTEXT]
   return pieces, not end and not trajectory.truncated
 
 

@@ -2,7 +2,8 @@
 
 The tokens of plain text are those of the prompt and those of the response,
 each by itself. A chat is tokenised as a whole, as the chat template does it;
-only where a token would cross the edge of an action, piece by piece.
+only where a token would cross the edge of an action, piece by piece. Where a
+trajectory holds the tokens that were sampled, those are the response's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from oreo_jax.data.chat import CONTEXT, Piece, chat_pieces, render_chat
+from oreo_jax.data.errors import SampledTokensError
+from oreo_jax.data.sampled import Sampled, decodes_to
 from oreo_jax.data.schema import Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -32,17 +35,37 @@ class Plan(NamedTuple):
   trajectory: Trajectory
   pieces: list[Piece]
   lacks_end: bool  # the end-of-sequence token is still to come
+  is_joined: bool  # the pieces are tokenised as one text where that works
+  # Of each action, whether its end token was sampled; None: there is only text.
+  ended: tuple[bool, ...] | None
 
 
 def make_plan(
   trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
 ) -> Plan:
-  """Takes a trajectory apart into context and actions."""
-  if trajectory.is_chat:
-    return Plan(trajectory, *chat_pieces(trajectory, tokenizer))
-  prompt, response = (turn.content for turn in trajectory.turns)
-  pieces = [Piece(prompt, CONTEXT), Piece(response, 0)]
-  return Plan(trajectory, pieces, not trajectory.truncated)
+  """Takes a trajectory apart into context and actions.
+
+  Raises:
+    SampledTokensError: the recorded tokens do not spell the text.
+    TemplateError: the chat template refuses or rewrites the turns.
+  """
+  ended = _check_sampled(trajectory, tokenizer)
+  if not trajectory.is_chat:
+    prompt, response = (turn.content for turn in trajectory.turns)
+    pieces = [Piece(prompt, CONTEXT), Piece(response, 0)]
+    lacks_end = not trajectory.truncated and ended is None
+    return Plan(trajectory, pieces, lacks_end, False, ended)
+  first = trajectory.actions[0]
+  if ended is not None and len(ended) == 1 and first:
+    # The policy saw the rendered prompt and continued it. What the template
+    # would write for the answer does not matter.
+    text = render_chat(
+      trajectory.turns[:first], tokenizer, trajectory.place, ask=True
+    )
+    pieces = [Piece(text, CONTEXT), Piece(trajectory.response, 0)]
+    return Plan(trajectory, pieces, False, False, ended)
+  pieces, lacks_end = chat_pieces(trajectory, tokenizer)
+  return Plan(trajectory, pieces, lacks_end and ended is None, True, ended)
 
 
 def encode_plans(
@@ -52,36 +75,98 @@ def encode_plans(
 
   Special tokens that are not in the text come as pieces without text.
   """
-  whole = _encode(
-    ["".join(p.text for p in ps) for t, ps, _ in plans if t.is_chat], tokenizer
-  )
-  chats = [i for i, plan in enumerate(plans) if plan.trajectory.is_chat]
+  joined = [index for index, plan in enumerate(plans) if plan.is_joined]
+  texts = ["".join(piece.text for piece in plans[i].pieces) for i in joined]
   split = {
-    i: _split(encoded, plans[i].pieces)
-    for i, encoded in zip(chats, whole, strict=True)
+    index: _split(encoded, plans[index].pieces)
+    for index, encoded in zip(joined, _encode(texts, tokenizer), strict=True)
   }
   # Plain texts, and chats in which a token crosses the edge of an action, are
   # tokenised piece by piece; a prompt that many trajectories share, once.
   texts = list(
     dict.fromkeys(
       piece.text
-      for index, (_, pieces, _) in enumerate(plans)
+      for index, plan in enumerate(plans)
       if split.get(index) is None
-      for piece in pieces
+      for piece in plan.pieces
     )
   )
   by_text = dict(zip(texts, _encode(texts, tokenizer), strict=True))
   chunk = []
-  for index, (trajectory, pieces, lacks_end) in enumerate(plans):
-    encoded = split.get(index)
+  for index, plan in enumerate(plans):
+    pieces, encoded = plan.pieces, split.get(index)
     if encoded is None:
       encoded = [by_text[piece.text] for piece in pieces]
-    if not trajectory.is_chat:
+    if plan.ended is not None:
+      recorded = plan.trajectory.sampled or ()
+      pieces, encoded = _use_sampled(pieces, encoded, recorded, plan.ended)
+    if not plan.trajectory.is_chat:
       pieces, encoded = _add_bos(pieces, encoded, tokenizer)
-    if lacks_end:
-      pieces, encoded = _add_eos(trajectory, pieces, encoded, tokenizer)
-    chunk.append((trajectory, pieces, encoded))
+    if plan.lacks_end:
+      pieces, encoded = _add_eos(plan.trajectory, pieces, encoded, tokenizer)
+    chunk.append((plan.trajectory, pieces, encoded))
   return chunk
+
+
+def _check_sampled(
+  trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
+) -> tuple[bool, ...] | None:
+  """Says of each action whether its end token was sampled.
+
+  Returns:
+    One bool an action, or None if the trajectory has no recorded tokens.
+
+  Raises:
+    SampledTokensError: the recorded tokens do not spell the text.
+  """
+  if trajectory.sampled is None:
+    return None
+  ended = []
+  last = trajectory.actions[-1]
+  for turn, sampled in zip(trajectory.actions, trajectory.sampled, strict=True):
+    cut_off = trajectory.truncated and turn == last
+    ended.append(not cut_off and sampled.ends(tokenizer))
+    response = sampled.tokens[: len(sampled.tokens) - ended[-1]]
+    text = trajectory.turns[turn].content
+    if not decodes_to(response, text, tokenizer):
+      raise SampledTokensError(
+        trajectory.place,
+        f"the recorded tokens of turn {turn + 1} spell"
+        f" {_shorten(tokenizer.decode(response))}, but its text is"
+        f" {_shorten(text)}",
+      )
+  return tuple(ended)
+
+
+def _shorten(text: str, length: int = 60) -> str:
+  return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def _use_sampled(
+  pieces: Sequence[Piece],
+  encoded: Sequence[Encoded],
+  recorded: Sequence[Sampled],
+  ended: Sequence[bool],
+) -> tuple[list[Piece], list[Encoded]]:
+  """Puts the recorded tokens of every action in the place of its text's."""
+  pairs = []
+  for piece, tokenized in zip(pieces, encoded, strict=True):
+    if piece.action == CONTEXT:
+      pairs.append((piece, tokenized))
+    elif not piece.is_end:
+      tokens = recorded[piece.action].tokens
+      starts = np.zeros(len(tokens), np.int64)
+      cut = len(tokens) - ended[piece.action]
+      pairs.append((piece, Encoded(tokens[:cut], starts[:cut])))
+      if ended[piece.action]:
+        end = Piece("", piece.action, is_end=True)
+        pairs.append((end, Encoded(tokens[cut:], starts[cut:])))
+    elif not ended[piece.action] and piece.action < len(ended) - 1:
+      # The template wrote this end token, not the policy. Later turns follow
+      # it, so it has to stay, but nothing is learned from it.
+      pairs.append((piece._replace(action=CONTEXT, is_end=False), tokenized))
+  pieces, tokens_of_pieces = zip(*pairs, strict=True)
+  return list(pieces), list(tokens_of_pieces)
 
 
 def tokenize_prompt(
@@ -177,10 +262,9 @@ def _split(encoded: Encoded, pieces: Sequence[Piece]) -> list[Encoded] | None:
   """Shares the tokens of a text among its pieces, or None if one straddles."""
   edges = np.cumsum([0] + [len(piece.text) for piece in pieces])
   first = np.searchsorted(encoded.starts, edges)
-  inner = first[1:-1]
-  if np.any(inner >= len(encoded.starts)):
-    return None
-  if np.any(encoded.starts[inner] != edges[1:-1]):
+  # A piece without text at the end starts where the text ends.
+  starts = np.append(encoded.starts, edges[-1])
+  if np.any(starts[first[1:-1]] != edges[1:-1]):
     return None
   return [
     Encoded(encoded.ids[low:high], encoded.starts[low:high] - edge)

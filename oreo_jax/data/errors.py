@@ -61,6 +61,17 @@ class EmptyResponseError(TrajectoryError):
   fix = "give the response or remove the row"
 
 
+class SampledTokensError(TrajectoryError):
+  """The recorded tokens are not those of the text."""
+
+  kind = "sampled tokens"
+  fix = (
+    "use the tokenizer that sampled them"
+    ' (--config.data.tokenizer), or remove the keys "tokens" and "logps" to'
+    " train on the text alone"
+  )
+
+
 class EncodingError(TrajectoryError):
   """The text is not valid UTF-8."""
 

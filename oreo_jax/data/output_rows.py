@@ -24,6 +24,10 @@ def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
   if trajectory.turn_rewards is not None:
     row["turn_rewards"] = list(trajectory.turn_rewards)
   row["truncated"] = trajectory.truncated
+  if trajectory.sampled is not None:
+    row["tokens"] = [turn.tokens.tolist() for turn in trajectory.sampled]
+    if all(turn.logps is not None for turn in trajectory.sampled):
+      row["logps"] = [turn.logps.tolist() for turn in trajectory.sampled]
   return row
 
 

@@ -2,7 +2,8 @@
 
   own          {"prompt", "response", "reward"}
                {"conversations": [{"role", "content"}, ...], "reward"}
-               optional: "id", "problem", "truncated", "turn_rewards", "given"
+               optional: "id", "problem", "truncated", "turn_rewards", "given",
+               "tokens", "logps": of each assistant turn, what was sampled
   TRL's types  {"prompt", "completion"}            a demonstration, reward 1
                {"prompt", "completion", "label"}   reward 1 or 0
                {"prompt", "chosen", "rejected"}    two rows, rewards 1 and 0
@@ -24,8 +25,10 @@ from oreo_jax.data.errors import (
   EmptyResponseError,
   EncodingError,
   MissingKeyError,
+  SampledTokensError,
 )
 from oreo_jax.data.records import check_object
+from oreo_jax.data.sampled import Sampled
 from oreo_jax.data.schema import ASSISTANT, Pair, Trajectory, Turn
 
 # Names other formats give to the same roles and keys.
@@ -59,6 +62,7 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
     answer = _part(row, "completion" if demonstrated else "response", place)
     turns, chat = _join(_part(row, "prompt", place), answer, place)
     fields |= chat
+  fields["sampled"] = _sampled(row, turns, fields.get("given", 0), place)
   return [_trajectory(turns, fields, place, *_rewards(row, turns, place))]
 
 
@@ -129,8 +133,7 @@ def _rewards(
     if row.get("completion") is not None:
       return 1.0, None
     raise MissingKeyError(place, '"reward" is missing')
-  given = row.get("given") or 0
-  actions = sum(turn.role == ASSISTANT for turn in turns[given:])
+  actions = _count_actions(turns, row.get("given") or 0)
   values = row["turn_rewards"]
   if not isinstance(values, Sequence) or len(values) != actions:
     raise BadRewardError(
@@ -146,6 +149,33 @@ def _rewards(
       place, f'"reward" {reward} is not the sum {total} of "turn_rewards"'
     )
   return reward, turn_rewards
+
+
+def _sampled(
+  row: Mapping[str, Any], turns: tuple[Turn, ...], given: int, place: str
+) -> tuple[Sampled, ...] | None:
+  """Returns the recorded tokens of a row, if it has any."""
+  tokens, logps = row.get("tokens"), row.get("logps")
+  if tokens is None:
+    if logps is not None:
+      raise SampledTokensError(place, '"logps" stands without "tokens"')
+    return None
+  count = _count_actions(turns, given)
+  for name, lists in (("tokens", tokens), ("logps", logps)):
+    if lists is None and name == "logps":
+      continue
+    if not isinstance(lists, Sequence) or len(lists) != count:
+      raise SampledTokensError(
+        place, f'"{name}" needs {count} lists, one an assistant turn'
+      )
+  try:
+    return tuple(map(Sampled, tokens, logps or [None] * count))
+  except ValueError as error:
+    raise SampledTokensError(place, str(error)) from error
+
+
+def _count_actions(turns: tuple[Turn, ...], given: int) -> int:
+  return sum(turn.role == ASSISTANT for turn in turns[given:])
 
 
 def _number(value: Any, key: str, place: str) -> float:

@@ -7,6 +7,8 @@ import hashlib
 import math
 from typing import Any, NamedTuple
 
+from oreo_jax.data.sampled import Sampled
+
 ASSISTANT = "assistant"
 
 
@@ -31,6 +33,8 @@ class Trajectory:
     is_chat: the turns go through the tokenizer's chat template. Otherwise
       there are two turns, joined as they are.
     given: so many turns at the start are context, the assistant's too.
+    sampled: the tokens of each action as the policy sampled them; None where
+      there is only text.
     source: file and line the trajectory came from, for error messages.
   """
 
@@ -42,6 +46,7 @@ class Trajectory:
   truncated: bool = False
   is_chat: bool = False
   given: int = 0
+  sampled: tuple[Sampled, ...] | None = None
   source: str = dataclasses.field(default="", compare=False)
 
   def __post_init__(self):
@@ -64,6 +69,11 @@ class Trajectory:
           f" reward {self.reward}; turn_rewards {self.turn_rewards} must be"
           " one number a turn with that sum"
         )
+    if self.sampled is not None and len(self.sampled) != len(actions):
+      raise ValueError(
+        f"trajectory {self.place} has {len(actions)} assistant turns, but the"
+        f" sampled tokens of {len(self.sampled)}"
+      )
     if not self.problem:
       object.__setattr__(self, "problem", self.prompt)
 

@@ -76,7 +76,9 @@ def tokenize_trajectories(
 
   Plain text is the beginning-of-sequence token if the tokenizer has one, the
   prompt, the response and, unless truncated, the end-of-sequence token as the
-  last action. A chat is what the chat template makes of it.
+  last action. A chat is what the chat template makes of it. An action whose
+  sampled tokens are recorded has exactly those: an end token that was not
+  sampled is no action.
 
   Args:
     trajectories: to tokenise.
@@ -97,6 +99,7 @@ def tokenize_trajectories(
 
   Raises:
     TemplateError: the chat template refuses or rewrites the turns.
+    SampledTokensError: recorded tokens do not spell the text.
     PromptLengthError: the prompt has no token or leaves no room.
     SequenceLengthError: the sequence is longer than `max_length`.
     ValueError: an option is unknown, or the tokenizer lacks what it takes.

@@ -1,0 +1,100 @@
+"""What a policy sampled in one assistant turn, kept beside the turn's text.
+
+Text does not tell how it was tokenised: a policy may write "ab" as "a", "b"
+where the tokenizer would encode it as one token. So a trajectory that this
+project samples keeps its token ids, and training uses those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampled:
+  """The tokens of one assistant turn as they were sampled.
+
+  Attributes:
+    tokens: i32[L], ids in order; the last one is the end token if that was
+      sampled too.
+    logps: f32[L], log-probability of each token under the policy that sampled
+      it; None where that is unknown.
+  """
+
+  tokens: np.ndarray
+  logps: np.ndarray | None = None
+
+  def __post_init__(self):
+    object.__setattr__(self, "tokens", _token_ids(self.tokens))
+    if self.logps is not None:
+      logps = _numbers(self.logps, "logps", len(self.tokens))
+      object.__setattr__(self, "logps", logps)
+
+  def __eq__(self, other: object) -> bool:
+    """Says whether the other holds the same numbers."""
+    if not isinstance(other, Sampled):
+      return NotImplemented
+    if (self.logps is None) != (other.logps is None):
+      return False
+    return np.array_equal(self.tokens, other.tokens) and (
+      self.logps is None or np.array_equal(self.logps, other.logps)
+    )
+
+  def __hash__(self) -> int:
+    """Hashes the token ids."""
+    return hash(self.tokens.tobytes())
+
+  def ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Says whether the last token is one that ends a turn: a special one."""
+    if not len(self.tokens):
+      return False
+    last = [int(self.tokens[-1])]
+    return bool(tokenizer.decode(last)) and not tokenizer.decode(
+      last, skip_special_tokens=True
+    )
+
+
+def decodes_to(
+  tokens: np.ndarray, text: str, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+  """Says whether token ids spell a text, with their special tokens or not."""
+  return any(
+    tokenizer.decode(tokens, skip_special_tokens=skip) == text
+    for skip in (True, False)
+  )
+
+
+def _token_ids(tokens: object) -> np.ndarray:
+  """Returns i32[L], or raises if these are no token ids."""
+  ids = np.asarray(tokens)
+  if ids.shape == (0,):
+    return np.zeros(0, np.int32)
+  if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    raise ValueError('"tokens" of a turn must be a list of whole numbers')
+  if ids.min() < 0 or ids.max() >= 2**31:
+    raise ValueError(
+      f'"tokens" holds {ids.min() if ids.min() < 0 else ids.max()}, expected'
+      " ids from 0 to 2^31 - 1"
+    )
+  return ids.astype(np.int32)
+
+
+def _numbers(values: object, name: str, length: int) -> np.ndarray:
+  """Returns f32[length], or raises if these are not so many numbers."""
+  numbers = np.asarray(values)
+  if numbers.shape != (length,):
+    raise ValueError(
+      f'"{name}" has the shape {list(numbers.shape)}; expected one number for'
+      f" each of the {length} tokens of the turn"
+    )
+  if length and (
+    numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all()
+  ):
+    raise ValueError(f'"{name}" must hold finite numbers')
+  return numbers.astype(np.float32)
