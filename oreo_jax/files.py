@@ -132,6 +132,22 @@ def remove(path: PathLike) -> None:
     path.unlink(missing_ok=True)
 
 
+def set_aside(path: PathLike, reason: str) -> pathlib.Path:
+  """Renames a file or folder to `<name>.<reason>`, over an older such one.
+
+  Args:
+    path: what stands in the way, and may be worth a look.
+    reason: a word, such as "damaged".
+
+  Returns:
+    The new path.
+  """
+  path = pathlib.Path(path)
+  aside = path.with_name(f"{path.name}.{reason}")
+  remove(aside)
+  return path.rename(aside)
+
+
 def _sync(path: pathlib.Path) -> None:
   """Waits until a file's data is on disk; a rename may overtake it."""
   with path.open("rb") as stream:

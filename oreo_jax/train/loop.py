@@ -87,11 +87,13 @@ def fit(
   checkpoints = Checkpoints(
     directory / "checkpoints", keep=stage.keep_checkpoints
   )
-  start = checkpoints.latest_step()
-  if start is None:
+  start = None
+  if checkpoints.latest_step() is None:
     state = jax.jit(fresh, out_shardings=shardings)(base, critic)
   else:
     state = checkpoints.restore(abstract_like(abstract, shardings))
+    # The newest may be damaged: the state knows which step it is of.
+    start = int(state.step)
     logging.info(
       "%s goes on at step %d of %d", description, start, setup.num_steps
     )

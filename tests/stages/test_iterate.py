@@ -135,7 +135,8 @@ def test_the_critic_can_go_on(rounds, tmp_path):
     ("round1/oreo/model", None),
   ):
     with Checkpoints(copy / path) as checkpoints:
-      tree = checkpoints._restore(step, tree=ocp.args.StandardRestore())["tree"]
+      args = ocp.args.Composite(tree=ocp.args.StandardRestore())
+      tree = checkpoints._manager.restore(step, args=args)["tree"]
     heads.append(
       np.asarray((tree.get("params") or tree)["critic"]["value_head"])
     )

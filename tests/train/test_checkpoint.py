@@ -73,13 +73,13 @@ def test_restores_onto_another_mesh(tmp_path, one, other):
     checkpoints.save(1, tiny.place(params, tiny.MODEL, tiny.mesh(**one)))
     axes = models.logical_axes(tiny.MODEL)
     shardings = shardings_of(axes, params, tiny.mesh(**other))
-    found = checkpoints.restore(abstract_like(params, shardings))
-  tiny.assert_trees_close(found, params, rtol=0, atol=0)
+    restored = checkpoints.restore(abstract_like(params, shardings))
+  tiny.assert_trees_close(restored, params, rtol=0, atol=0)
   for leaf, sharding in zip(
-    jax.tree.leaves(found), jax.tree.leaves(shardings), strict=True
+    jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True
   ):
     assert leaf.sharding == sharding
-  kernel = found["layers"]["q"]["kernel"]
+  kernel = restored["layers"]["q"]["kernel"]
   assert len(kernel.sharding.device_set) == np.prod(list(other.values()))
 
 
@@ -98,6 +98,100 @@ def cut(path):
 def largest(directory):
   files = [p for p in directory.rglob("*") if p.is_file()]
   return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(path, rng):
+  content = bytearray(path.read_bytes())
+  content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+  path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed_or_changes_nothing(tmp_path):
+  save(tmp_path / "good", 1, 2)
+  files = sorted(p for p in (tmp_path / "good" / "2").rglob("*") if p.is_file())
+  assert len(files) > 10
+  rng = np.random.default_rng(0)
+  outcomes = []
+  for number, path in enumerate([*files, *files]):
+    copy = tmp_path / str(number)
+    shutil.copytree(tmp_path / "good", copy)
+    flip_a_bit(copy / path.relative_to(tmp_path / "good"), rng)
+    with Checkpoints(copy) as checkpoints:
+      restored = checkpoints.restore(abstract(TREE))
+      record = checkpoints.record()
+      listed = checkpoints.latest_step()
+    step = int(restored["b"]["step"]) - 7
+    want = jax.tree.map(lambda x, step=step: x + step, TREE)
+    tiny.assert_trees_close(restored, want, rtol=0, atol=0)
+    assert record == {"step": step, "names": ["x"]}
+    assert listed == step
+    assert (copy / "2.damaged").exists() == (step == 1)
+    outcomes.append(step)
+  # Both happen: some files are there for other readers.
+  assert set(outcomes) == {1, 2}
+
+
+def damage(step):
+  """Flips a bit where the arrays are listed: no reader can overlook it."""
+  flip_middle_bit(largest(step / "tree" / "d"))
+
+
+def flip_middle_bit(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def test_weights_that_read_well_and_are_others_are_noticed(tmp_path):
+  # Noise does not compress: its bits lie in the file as they are, and a reader
+  # of the format has no reason to complain.
+  bits = np.random.default_rng(0).integers(2**32, size=4096, dtype=np.uint32)
+  tree = {"kernel": jnp.asarray(bits), "scale": jnp.ones(3)}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, tree)
+  flip_middle_bit(largest(tmp_path / "1"))
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError, match=r"\['kernel'\] is not what was"):
+      checkpoints.restore(abstract(tree), 1)
+
+
+def test_a_damaged_step_is_set_aside_and_named(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  damage(tmp_path / "2")
+  with caplog.at_level("WARNING"):
+    assert restore(tmp_path)["b"]["step"] == 8
+  assert f"{tmp_path}/2 cannot be read" in caplog.text
+  assert f"{tmp_path}/2.damaged" in caplog.text
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.damaged"]
+  # Its number is free again, also for a second accident.
+  assert save(tmp_path, 2) == 2
+  damage(tmp_path / "2")
+  assert restore(tmp_path)["b"]["step"] == 8
+
+
+def test_when_none_is_good_they_stay_and_one_error_says_so(tmp_path):
+  save(tmp_path, 1, 2)
+  for step in ("1", "2"):
+    damage(tmp_path / step)
+  for _ in range(2):
+    with pytest.raises(
+      CheckpointError, match="no checkpoint in .* is good"
+    ) as e:
+      restore(tmp_path)
+    for text in (f"{tmp_path}/1 ", f"{tmp_path}/2 ", f"Remove {tmp_path} "):
+      assert text in str(e.value)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_record_of_other_numbers_is_noticed(tmp_path):
+  save(tmp_path, 1)
+  path = tmp_path / "1" / "record" / "metadata"
+  text = path.read_text()
+  assert '"step": 1' in text
+  path.write_text(text.replace('"step": 1', '"step": 3'))
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+      checkpoints.record()
 
 
 @pytest.mark.parametrize(
@@ -123,8 +217,11 @@ def test_another_model_is_an_error(tmp_path):
   save(tmp_path, 1)
   other = {"a": jax.ShapeDtypeStruct((5,), jnp.float32), "c": TREE["a"]}
   with Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="another model") as caught:
       checkpoints.restore(other)
+  assert "['a'] is float32[2,3] there and float32[5] here" in str(caught.value)
+  # It is not damaged, and stays.
+  assert (tmp_path / "1").exists()
 
 
 def test_what_a_cut_off_save_leaves_is_not_a_checkpoint(tmp_path):
@@ -163,5 +260,6 @@ def test_a_process_killed_at_the_rename_leaves_the_older_one(tmp_path):
   assert not (tmp_path / "2").exists()
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == 1
-    found = checkpoints.restore({"a": jax.ShapeDtypeStruct((6,), jnp.float32)})
-  np.testing.assert_array_equal(found["a"], np.arange(6.0))
+    shapes = {"a": jax.ShapeDtypeStruct((6,), jnp.float32)}
+    restored = checkpoints.restore(shapes)
+  np.testing.assert_array_equal(restored["a"], np.arange(6.0))

@@ -73,22 +73,22 @@ def rows(directory):
   return [json.loads(line) for line in lines]
 
 
-def without_times(found):
+def without_times(written):
   return [
-    {k: v for k, v in row.items() if k != "steps_per_second"} for row in found
+    {k: v for k, v in row.items() if k != "steps_per_second"} for row in written
   ]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
   """An uninterrupted run."""
-  directory = tmp_path_factory.mktemp("whole")
+  directory = tmp_path_factory.mktemp("uninterrupted")
   state = run(directory)
   return jax.device_get(state), rows(directory)
 
 
-def test_runs_to_the_end(whole):
-  state, written = whole
+def test_runs_to_the_end(uninterrupted):
+  state, written = uninterrupted
   assert state.step == STEPS
   assert [row["step"] for row in written] == list(range(1, STEPS + 1))
   assert written[-1]["loss"] < written[0]["loss"]
@@ -103,7 +103,7 @@ def terminate_at(step):
   return before
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path):
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(uninterrupted, tmp_path):
   handler = signal.getsignal(signal.SIGTERM)
   with pytest.raises(PreemptedError, match="saved at step 4"):
     run(tmp_path, Steps(terminate_at(3)))
@@ -111,11 +111,11 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path):
   again = Steps()
   state = run(tmp_path, again)
   assert again.asked == [4, 5]
-  tiny.assert_trees_close(state, whole[0], rtol=0, atol=0)
-  assert without_times(rows(tmp_path)) == without_times(whole[1])
+  tiny.assert_trees_close(state, uninterrupted[0], rtol=0, atol=0)
+  assert without_times(rows(tmp_path)) == without_times(uninterrupted[1])
 
 
-def test_a_crash_goes_on_from_the_last_checkpoint(whole, tmp_path):
+def test_a_crash_goes_on_from_the_last_checkpoint(uninterrupted, tmp_path):
   def crash(step):
     if step == 5:
       raise OSError("the disk went away")
@@ -125,17 +125,33 @@ def test_a_crash_goes_on_from_the_last_checkpoint(whole, tmp_path):
   again = Steps()
   state = run(tmp_path, again)
   assert again.asked == [4, 5]
-  tiny.assert_trees_close(state, whole[0], rtol=0, atol=0)
+  tiny.assert_trees_close(state, uninterrupted[0], rtol=0, atol=0)
   # Step 5 was written by both runs and stands there once.
-  assert without_times(rows(tmp_path)) == without_times(whole[1])
+  assert without_times(rows(tmp_path)) == without_times(uninterrupted[1])
 
 
-def test_a_finished_run_is_not_run_again(whole, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
+  with pytest.raises(PreemptedError, match="saved at step 4"):
+    run(tmp_path, Steps(terminate_at(3)))
+  files = (tmp_path / "checkpoints" / "4" / "tree" / "d").iterdir()
+  largest = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  again = Steps()
+  state = run(tmp_path, again)
+  assert again.asked == [2, 3, 4, 5]
+  tiny.assert_trees_close(state, uninterrupted[0], rtol=0, atol=0)
+  # Steps 3 and 4 were written by both runs and stand there once.
+  assert without_times(rows(tmp_path)) == without_times(uninterrupted[1])
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted, tmp_path):
   run(tmp_path)
   again = Steps()
   state = run(tmp_path, again)
   assert again.asked == []
-  tiny.assert_trees_close(state, whole[0], rtol=0, atol=0)
+  tiny.assert_trees_close(state, uninterrupted[0], rtol=0, atol=0)
 
 
 def stand_in(figures):
@@ -147,9 +163,10 @@ def stand_in(figures):
     def step(state, ref, batch):
       del ref, batch
       number = int(state.step)
-      found = {"loss": 1.0, "grad_norm/policy": 1.0, **figures.get(number, {})}
-      found = {k: jnp.float32(v) for k, v in found.items()}
-      return state._replace(step=state.step + 1), found
+      metrics = {"loss": 1.0, "grad_norm/policy": 1.0}
+      metrics |= figures.get(number, {})
+      metrics = {k: jnp.float32(v) for k, v in metrics.items()}
+      return state._replace(step=state.step + 1), metrics
 
     return step
 
@@ -190,5 +207,5 @@ def test_measures_when_due_and_at_the_end(tmp_path, monkeypatch):
 
   run(tmp_path, setup=setup_of(measure_every=4), measure=measure)
   assert calls == [4, 6]
-  found = {row["step"]: row.get("heldout/figure") for row in rows(tmp_path)}
-  assert found == {1: None, 2: None, 3: None, 4: 4.0, 5: None, 6: 6.0}
+  written = {row["step"]: row.get("heldout/figure") for row in rows(tmp_path)}
+  assert written == {1: None, 2: None, 3: None, 4: 4.0, 5: None, 6: 6.0}
