@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from oreo_jax.tasks.grading.answers import normalize_answer, plain_number
+from oreo_jax.tasks.grading.compare import vote_key
 from oreo_jax.tasks.rows import Row, split_rows
 from oreo_jax.tasks.task import Problem, check_pairs, check_split
 
@@ -125,9 +125,7 @@ class QuestionTask:
 
   def final_answer(self, response: str) -> str:
     """Returns the final answer, plain numbers in one spelling for votes."""
-    answer = normalize_answer(self.grader.extract(response) or "")
-    number = plain_number(answer)
-    return str(number.value) if number else answer.replace(" ", "")
+    return vote_key(self.grader.extract(response) or "")
 
   def make_tokenizer(self) -> None:
     """Returns None: the tokenizer comes with the checkpoint."""

@@ -1,16 +1,14 @@
-r"""Cuts the final answer out of a response and reads plain answers exactly.
+r"""Cuts the final answer out of a response and unifies its spelling.
 
-Everything here is string work of bounded cost; what needs algebra is left to
-`grading`. A response states its answer as `#### 18` (GSM8K), `\boxed{18}`
-(MATH) or in a line `A: 18`; the last of them counts, whatever came before.
+Everything here is string work of bounded cost. A response states its answer as
+`#### 18` (GSM8K), `\boxed{18}` (MATH) or in a line `A: 18`; the last of them
+counts, whatever came before.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import NamedTuple
 
 MARKERS = ("####", "boxed", "A:")
 
@@ -50,49 +48,33 @@ _REPLACED = {
 _REPLACE = re.compile(
   r"\\\\|" + "|".join(map(re.escape, sorted(_REPLACED, reverse=True)))
 )
+# A function that was written without its backslash, before its argument: the
+# parser would read `sin` as a product of three letters.
+FUNCTIONS = (
+  "sin cos tan cot csc sinh cosh tanh coth arcsin arccos arctan log ln lg exp"
+).split()
+_BARE_FUNCTION = re.compile(
+  r"(?<![\\A-Za-z])(" + "|".join([*FUNCTIONS, "sec"]) + ")"
+  r"(?=\s*[\d(\\^_{|]|\s+[A-Za-z](?![A-Za-z]))"
+)
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
-_TEXT = r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|textrm)"
-_WHOLE_TEXT = re.compile(_TEXT + r"\s*\{([^{}]*)\}")
-
-_INTEGER = r"\d{1,3}(?:,\d{3})+|\d+"
-_FRACTION = r"(?P<{0}>\d+)\s*/\s*(?P<{1}>\d+)"
-_LATEX_FRACTION = (
-  r"\\frac\s*(?:\{{\s*(?P<{0}>\d+)\s*\}}\s*\{{\s*(?P<{1}>\d+)\s*\}}"
-  r"|(?P<{2}>\d)\s*(?P<{3}>\d))"
+TEXT_COMMAND = r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|textrm)"
+_ALL_TEXT = re.compile(TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+_TEXT_FUNCTION = re.compile(
+  TEXT_COMMAND + r"\s*\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}"
 )
-_NUMBER = re.compile(
-  r"(?P<sign>[-+]?)\s*(?:"
-  + _FRACTION.format("n1", "d1")
-  + "|"
-  + rf"(?P<w2>\d+)\s+{_FRACTION.format('n2', 'd2')}"
-  + "|"
-  + rf"(?P<w3>\d*)\s*{_LATEX_FRACTION.format('n3', 'd3', 'n4', 'd4')}"
-  + "|"
-  + rf"(?P<whole>{_INTEGER})?"
-  + r"(?:(?P<point>\.)(?P<digits>\d*)"
-  + r"(?:\\(?:overline|bar)\s*\{(?P<repeat>\d+)\})?)?"
-  + r"(?:[eE](?P<exponent>[-+]?\d{1,2}))?"
-  + r")(?P<unit>.*)",
-  re.DOTALL,
+_DAY_HALF = re.compile(
+  rf"(?<=\d)(\s?)(?:{TEXT_COMMAND}\s*\{{(\s?))?([ap])(?:\.\s?)?m\.?\s*\}}?$",
+  re.IGNORECASE,
 )
-_PERCENT = re.compile(r"\s*(?:\\?%|percent)")
-_UNIT = re.compile(rf"\s*{_TEXT}\s*\{{([^{{}}]*)\}}(?:\^\{{?\d\}}?)?|\s+(.*)")
-_UNIT_WORDS = re.compile(r"\s*[A-Za-z]{2}[A-Za-z .]*")
-# Words after a number that are no unit.
-_NOT_UNITS = frozenset(
-  "pi and or sqrt mod to times plus minus half dozen hundred thousand million "
-  "billion trillion".split()
-)
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
-_SUBSCRIPTED = re.compile(r"(\w+?)_\{?\s*(\w+)\s*\}?")
 
-
-class PlainNumber(NamedTuple):
-  """A number that was written out, not as a formula."""
-
-  value: Fraction
-  is_decimal: bool  # has a decimal point, so it may be rounded
-  is_percent: bool  # `value` is before the sign: 50% has value 50
+# Blanks next to anything but two digits mean nothing in a formula.
+_IDLE_BLANK = re.compile(r"(?<!\d) | (?!\d)")
+_MIXED = re.compile(r"(?<![\d.,_^])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
+_THOUSANDS = re.compile(r"(?<![\d.,_^])(?<!\d )\d{1,3}(?: \d{3})+(?! ?\d)")
+# Numbers side by side. After `_`, `^` or one of the commands the first of them
+# is an argument, as in `\log_2 8` and `\frac 1 2`.
+_SIDE_BY_SIDE = re.compile(r"([_^]|\\(?:frac|[dt]?binom|sqrt)\s*)?\d+(?: \d+)+")
 
 
 def extract_answer(
@@ -143,90 +125,48 @@ def normalize_answer(answer: str) -> str:
   r"""Returns the answer without what changes nothing of its meaning.
 
   Dollar signs, thin spaces, `\left`, `\right`, a full stop at the end and a
-  `\text{}` around it all go; `\dfrac` becomes `\frac`.
+  `\text{}` around it all go; `\dfrac` becomes `\frac`, `sin x` becomes
+  `\sin x` and `10 A.M.` becomes `10 am`.
   """
   answer = _REPLACE.sub(
     lambda match: _REPLACED.get(match.group(), match.group()), answer
   )
   answer = _SIZE.sub("", answer)
   answer = " ".join(answer.split()).rstrip(" .,;:")
-  whole = _WHOLE_TEXT.fullmatch(answer)
-  return whole[1].strip(" .,;:") if whole else answer
+  text = _ALL_TEXT.fullmatch(answer)
+  answer = text[1].strip(" .,;:") if text else answer
+  answer = _DAY_HALF.sub(
+    lambda match: f"{match[1] or match[2] or ''}{match[3].lower()}m", answer
+  )
+  answer = _TEXT_FUNCTION.sub(r"\\\1 ", answer)
+  return _BARE_FUNCTION.sub(r"\\\1", answer)
 
 
-def plain_number(normalized: str) -> PlainNumber | None:
-  r"""Reads a number that stands alone or before a unit; None if unsure.
+def drop_idle_blanks(normalized: str) -> str:
+  """Returns the answer without the blanks that mean nothing.
 
-  Understands signs, thousands separators, decimals, repeating decimals,
-  exponents, `a/b`, `\frac{a}{b}`, mixed numbers and percent.
+  Blanks between two digits stay: `1 1/2` is not `11/2`, nor `1 2` the same as
+  `12`. Those between groups of thousands go.
+  """
+  joined = _THOUSANDS.sub(lambda m: m[0].replace(" ", ""), normalized)
+  return _IDLE_BLANK.sub("", joined)
+
+
+def spell_for_algebra(normalized: str) -> str:
+  r"""Returns the answer so that a parser that skips blanks reads it rightly.
+
+  Mixed numbers become sums, groups of thousands are joined and other numbers
+  that stand side by side become a list.
 
   Example:
-    >>> plain_number("1,234.50 dollars")
-    PlainNumber(value=Fraction(2469, 2), is_decimal=True, is_percent=False)
+    >>> spell_for_algebra("x = 1 1/2, 12 345")
+    'x = (1+1/2), 12345'
   """
-  match = _NUMBER.fullmatch(normalized)
-  if not match:
-    return None
-  unit, found = match["unit"], match.groupdict()
-  is_percent = False
-  if percent := _PERCENT.match(unit):
-    is_percent, unit = True, unit[percent.end() :]
-  if unit.strip() and not _is_unit(unit):
-    return None
-  for whole, numerator, denominator in (
-    ("w0", "n1", "d1"),
-    ("w2", "n2", "d2"),
-    ("w3", "n3", "d3"),
-    ("w3", "n4", "d4"),
-  ):
-    if found[numerator] is not None:
-      if int(found[denominator]) == 0:
-        return None
-      value = Fraction(int(found[numerator]), int(found[denominator]))
-      value += int(found.get(whole) or 0)
-      break
-  else:
-    whole, digits = found["whole"], found["digits"] or ""
-    if whole is None and not digits and not found["repeat"]:
-      return None
-    value = Fraction(int((whole or "0").replace(",", "") + digits))
-    value /= 10 ** len(digits)
-    if repeat := found["repeat"]:
-      period = (10 ** len(repeat) - 1) * 10 ** len(digits)
-      value += Fraction(int(repeat), period)
-    value *= Fraction(10) ** int(found["exponent"] or 0)
-  if found["sign"] == "-":
-    value = -value
-  is_decimal = found["point"] is not None and not found["repeat"]
-  return PlainNumber(value, is_decimal, is_percent)
-
-
-def compare_plainly(reference: str, answer: str) -> bool | None:
-  """Compares two normalised answers; None if it takes algebra to tell.
-
-  Decimals are compared to six places. A percentage equals both the number
-  before its sign and its hundredth.
-  """
-  if reference.replace(" ", "") == answer.replace(" ", ""):
-    return True
-  one, other = plain_number(reference), plain_number(answer)
-  if one and other:
-    pairs = [(one.value, other.value)]
-    if one.is_percent and not other.is_percent:
-      pairs.append((one.value / 100, other.value))
-    if other.is_percent and not one.is_percent:
-      pairs.append((one.value, other.value / 100))
-    places = 6 if one.is_decimal or other.is_decimal else None
-    return any(
-      a == b if places is None else round(a, places) == round(b, places)
-      for a, b in pairs
-    )
-  if _WORDS.fullmatch(reference) and _WORDS.fullmatch(answer):
-    return reference.casefold().split() == answer.casefold().split()
-  expected, given = (_SUBSCRIPTED.fullmatch(x) for x in (reference, answer))
-  if expected and given:
-    return expected.groups() == given.groups()
-  return None
+  spelled = _MIXED.sub(r"(\1+\2/\3)", normalized)
+  spelled = _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), spelled)
+  return _SIDE_BY_SIDE.sub(
+    lambda match: match[0] if match[1] else match[0].replace(" ", ", "), spelled
+  )
 
 
 def _inside_braces(after: str, is_cut: bool) -> str | None:
@@ -250,14 +190,3 @@ def _inside_braces(after: str, is_cut: bool) -> str | None:
       if depth == 0:
         return body[1:index]
   return body[1:] if is_cut else None
-
-
-def _is_unit(text: str) -> bool:
-  match = _UNIT.fullmatch(text)
-  if not match:
-    return False
-  words = match[1] if match[1] is not None else match[2]
-  if not _UNIT_WORDS.fullmatch(words):
-    # In \text{} even a letter alone is a unit: 5 \text{ m}.
-    return match[1] is not None and words.strip(" .").isalpha()
-  return _NOT_UNITS.isdisjoint(words.lower().replace(".", "").split())

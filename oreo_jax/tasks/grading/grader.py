@@ -17,10 +17,11 @@ import numpy as np
 
 from oreo_jax.tasks.grading.answers import (
   MARKERS,
-  compare_plainly,
   extract_answer,
   normalize_answer,
+  spell_for_algebra,
 )
+from oreo_jax.tasks.grading.compare import compare_plainly
 from oreo_jax.tasks.grading.pool import GraderPool
 
 
@@ -108,7 +109,7 @@ class MathGrader:
           pair = (normalize_answer(reference), normalize_answer(answer))
           equal = compare_plainly(*pair)
           if equal is None:
-            undecided[pair].append(i)
+            undecided[tuple(map(spell_for_algebra, pair))].append(i)
           else:
             self.counts["plain"] += 1
             rewards[i] = equal

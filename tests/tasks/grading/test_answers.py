@@ -5,10 +5,15 @@ from fractions import Fraction
 import pytest
 
 from oreo_jax.tasks.grading.answers import (
-  compare_plainly,
+  drop_idle_blanks,
   extract_answer,
   normalize_answer,
+  spell_for_algebra,
+)
+from oreo_jax.tasks.grading.compare import (
+  compare_plainly,
   plain_number,
+  vote_key,
 )
 
 EXTRACTED = [
@@ -85,6 +90,17 @@ NORMALIZED = [
     r"\begin{pmatrix}1\\(2)\end{pmatrix}",
   ),
   (r"\leftarrow", r"\leftarrow"),
+  ("10 A.M.", "10 am"),
+  (r"10\text{ p.m.}", "10 pm"),
+  ("10PM", "10pm"),
+  ("3 sin x", r"3 \sin x"),
+  ("log_2 8", r"\log_2 8"),
+  ("5 A m", "5 A m"),
+  ("sin(x)+cos 30", r"\sin(x)+\cos 30"),
+  (r"2\mathrm{sin}x", r"2\sin x"),
+  (r"\sin x", r"\sin x"),
+  ("sine wave", "sine wave"),
+  ("5 sec", "5 sec"),
 ]
 
 
@@ -139,6 +155,13 @@ NUMBERS = [
   ("", None),
   ("x", None),
   ("1e999", None),
+  ("12 345", 12345),
+  ("1 2", None),
+  ("1 23", None),
+  ("1234 567", None),
+  ("10 am", 10),
+  ("2 sin x", None),
+  ("2 arctan x", None),
 ]
 
 
@@ -168,7 +191,70 @@ def test_plain_number(text, value):
     ("11_2", "11_3", False),
     ("x+1", "1+x", None),
     ("18", "x", None),
+    ("1 1/2", "11/2", False),
+    ("1 1/2", "1 1 / 2", True),
+    ("1 2", "1  2", None),
+    ("12", "1 2", None),
+    ("x + 1", "x+1", True),
+    ("12 345", "12,345", True),
+    ("10 am", "10 pm", False),
+    ("10:30 am", "10:30 pm", False),
+    ("10 am", "10", True),
+    ("2 sin x", "2", None),
+    ("4 units east", "4 units west", False),
+    ("10 am to 1 pm", "10 am to 1 am", False),
+    (r"30^\circ\text{ north}", r"30^\circ\text{ south}", False),
+    ("am+pm", "ma+pm", None),
   ],
 )
 def test_compare_plainly(reference, answer, equal):
   assert compare_plainly(reference, answer) is equal
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("x + 1", "x+1"),
+    ("1 1 / 2", "1 1/2"),
+    ("1 2", "1 2"),
+    ("12 345", "12345"),
+    ("1 234 567 and 1", "1234567and1"),
+    ("1 2345", "1 2345"),
+    ("5 123 45", "5 123 45"),
+  ],
+)
+def test_idle_blanks(text, expected):
+  assert drop_idle_blanks(text) == expected
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("1 1/2", "(1+1/2)"),
+    ("x = -1 1/2", "x = -(1+1/2)"),
+    ("0.5 1/2", "0.5, 1/2"),
+    ("1 2 3", "1, 2, 3"),
+    ("12 345 x", "12345 x"),
+    (r"\log_2 8", r"\log_2 8"),
+    (r"\frac 1 2 + 3 4", r"\frac 1 2 + 3, 4"),
+    ("2^1 3", "2^1 3"),
+    ("x + 1", "x + 1"),
+  ],
+)
+def test_spelling_for_algebra(text, expected):
+  assert spell_for_algebra(text) == expected
+
+
+def test_votes_keep_apart_what_differs():
+  groups = [
+    ["12", "$12.0$", "12 eggs"],
+    ["1 2"],
+    ["1 1/2", "3/2", "1.5"],
+    ["11/2", "5.5"],
+    ["10 am", "10 a.m.", r"10\text{ AM}"],
+    ["10 pm"],
+    ["x + 1", "x+1"],
+  ]
+  keys = [{vote_key(answer) for answer in group} for group in groups]
+  assert all(len(key) == 1 for key in keys)
+  assert len(set().union(*keys)) == len(groups)
