@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from oreo_jax.data.schema import Pair, Trajectory, stable_hash
-from oreo_jax.data.tokens import Tokenized
+from oreo_jax.data.tokens import Tokenized, map_tokens
 
 
 def by_problem(
@@ -161,29 +161,17 @@ def _mismatch(sequence: Tokenized, other: Tokenized) -> Tokenized:
   end = int(sequence.action_mask.argmax())
   start = int(other.action_mask.argmax())
 
-  def join(ours, theirs):
+  def join(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.concatenate([ours[:end], theirs[start:]])
 
-  tokens = join(sequence.tokens, other.tokens)
-  return Tokenized(
-    tokens=tokens,
-    action_mask=join(sequence.action_mask, other.action_mask),
-    decision_mask=join(sequence.decision_mask, other.decision_mask),
-    rewards=np.zeros(len(tokens), np.float32),
-    id=sequence.id,
-    problem=sequence.problem,
-  )
+  joined = map_tokens(join, sequence, other)
+  return joined._replace(rewards=np.zeros_like(joined.rewards))
 
 
 def _cut(sequence: Tokenized, length: int) -> Tokenized:
   if len(sequence.tokens) <= length:
     return sequence
-  return sequence._replace(
-    tokens=sequence.tokens[:length],
-    action_mask=sequence.action_mask[:length],
-    decision_mask=sequence.decision_mask[:length],
-    rewards=sequence.rewards[:length],
-  )
+  return map_tokens(lambda array: array[:length], sequence)
 
 
 def _rng(seed: int, problem: str) -> np.random.Generator:

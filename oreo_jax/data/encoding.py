@@ -8,7 +8,7 @@ trajectory holds the tokens that were sampled, those are the response's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,8 +25,18 @@ if TYPE_CHECKING:
 class Encoded(NamedTuple):
   """Tokens of a text and the characters at which they start."""
 
-  ids: np.ndarray  # i32
-  starts: np.ndarray  # i64, not decreasing
+  ids: np.ndarray  # i32[L]
+  starts: np.ndarray  # i64[L], not decreasing
+  extras: Mapping[str, np.ndarray] = {}  # f32[L] by name; never written to
+
+  def cut(self, at: int) -> tuple[Encoded, Encoded]:
+    """Returns the first `at` tokens and the others."""
+
+    def take(tokens: slice) -> Encoded:
+      extras = {name: array[tokens] for name, array in self.extras.items()}
+      return Encoded(self.ids[tokens], self.starts[tokens], extras)
+
+    return take(slice(None, at)), take(slice(at, None))
 
 
 class Plan(NamedTuple):
@@ -154,13 +164,15 @@ def _use_sampled(
     if piece.action == CONTEXT:
       pairs.append((piece, tokenized))
     elif not piece.is_end:
-      tokens = recorded[piece.action].tokens
-      starts = np.zeros(len(tokens), np.int64)
-      cut = len(tokens) - ended[piece.action]
-      pairs.append((piece, Encoded(tokens[:cut], starts[:cut])))
+      sampled = recorded[piece.action]
+      length = len(sampled.tokens)
+      turn = Encoded(
+        sampled.tokens, np.zeros(length, np.int64), sampled.arrays()
+      )
+      response, end = turn.cut(length - ended[piece.action])
+      pairs.append((piece, response))
       if ended[piece.action]:
-        end = Piece("", piece.action, is_end=True)
-        pairs.append((end, Encoded(tokens[cut:], starts[cut:])))
+        pairs.append((Piece("", piece.action, is_end=True), end))
     elif not ended[piece.action] and piece.action < len(ended) - 1:
       # The template wrote this end token, not the policy. Later turns follow
       # it, so it has to stay, but nothing is learned from it.
@@ -215,7 +227,7 @@ def _add_eos(
     )
   last = encoded[-1]
   if len(last.ids) and last.ids[-1] == eos:
-    encoded = [*encoded[:-1], Encoded(last.ids[:-1], last.starts[:-1])]
+    encoded = [*encoded[:-1], last.cut(-1)[0]]
   end = Piece("", pieces[-1].action, is_end=True)
   return [*pieces, end], [*encoded, _single(eos)]
 

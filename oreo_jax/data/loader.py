@@ -54,6 +54,9 @@ class Loader:
     # Of each group, its place among all that were given.
     self._given = given
     self._group_size = len(groups[0])
+    self._extras = packing.check_extras(
+      sequence for group in groups for sequence in group
+    )
     self._slots = np.array(
       [sum(len(s.tokens) - 1 for s in group) for group in groups]
     )
@@ -115,9 +118,7 @@ class Loader:
 
   def batch(self, step: int) -> Batch:
     """Returns this process's rows of the batch of a step."""
-    return packing.fill_rows(
-      self._sequences(step)[self._local], row_length=self.row_length
-    )
+    return self._fill(self._sequences(step))
 
   def mismatched(self, step: int) -> Batch:
     """Returns the batch of a step with its completions rotated by one.
@@ -129,7 +130,7 @@ class Loader:
     rows = construct.rotate_completions(
       self._sequences(step), row_length=self.row_length
     )
-    return packing.fill_rows(rows[self._local], row_length=self.row_length)
+    return self._fill(rows)
 
   def sequence_indices(self, step: int) -> np.ndarray:
     """Says which sequences a batch holds.
@@ -152,6 +153,12 @@ class Loader:
     """Yields (step, batch) from a step to the end."""
     for step in range(start_step, self.num_steps):
       yield step, self.batch(step)
+
+  def _fill(self, rows: Sequence[Sequence[Tokenized]]) -> Batch:
+    """Returns the batch of this process's share of the rows."""
+    return packing.fill_rows(
+      rows[self._local], row_length=self.row_length, extras=self._extras
+    )
 
   def _rows(self, step: int) -> list[np.ndarray]:
     """Returns the groups of each row of the whole batch."""

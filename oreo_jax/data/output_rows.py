@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from oreo_jax.data.sampled import BEHAVIOUR_LOGPS
 from oreo_jax.data.schema import Pair, Trajectory, Turn
 
 
@@ -26,8 +27,15 @@ def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
   row["truncated"] = trajectory.truncated
   if trajectory.sampled is not None:
     row["tokens"] = [turn.tokens.tolist() for turn in trajectory.sampled]
-    if all(turn.logps is not None for turn in trajectory.sampled):
-      row["logps"] = [turn.logps.tolist() for turn in trajectory.sampled]
+    names = trajectory.sampled[0].arrays()
+    arrays = {
+      name: [turn.arrays()[name].tolist() for turn in trajectory.sampled]
+      for name in names
+    }
+    if BEHAVIOUR_LOGPS in arrays:
+      row["logps"] = arrays.pop(BEHAVIOUR_LOGPS)
+    if arrays:
+      row["token_extras"] = arrays
   return row
 
 

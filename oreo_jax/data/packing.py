@@ -8,7 +8,7 @@ from one into another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ class Batch(NamedTuple):
   action_mask: np.ndarray  # bool: the target was produced by the policy
   decision_mask: np.ndarray  # bool: an action starts at the target
   rewards: np.ndarray  # f32: reward a token; terminal on the last action
+  # More arrays of the targets by name, zero in the padding.
+  extras: dict[str, np.ndarray] = {}
 
 
 class RowPlan(NamedTuple):
@@ -116,16 +118,62 @@ def plan_rows(
   return RowPlan(members, np.concatenate([[0], np.cumsum(counts, dtype=int)]))
 
 
-def fill_rows(rows: Sequence[Sequence[Tokenized]], *, row_length: int) -> Batch:
+def check_extras(sequences: Iterable[Tokenized]) -> dict[str, np.ndarray]:
+  """Returns the extras that all sequences have, as arrays without a token.
+
+  Args:
+    sequences: of one batch, or of all batches of one loader.
+
+  Raises:
+    ValueError: two sequences have extras of other names, or one of another
+      dtype or length.
+  """
+  kinds: dict[str, np.ndarray] | None = None
+  for sequence in sequences:
+    name = sequence.id or "(no id)"
+    ours = {key: array[:0] for key, array in sequence.extras.items()}
+    if kinds is None:
+      kinds = ours
+    if ours.keys() != kinds.keys():
+      raise ValueError(
+        f"sequence {name} has the extras {sorted(ours)}, others have"
+        f" {sorted(kinds)}; all sequences of a batch need the same ones"
+      )
+    for key, array in sequence.extras.items():
+      if len(array) != len(sequence.tokens):
+        raise ValueError(
+          f"extra {key!r} of sequence {name} has {len(array)} entries, the"
+          f" sequence has {len(sequence.tokens)} tokens; give one a token"
+        )
+      kind = kinds[key]
+      if (array.dtype, array.shape[1:]) != (kind.dtype, kind.shape[1:]):
+        raise ValueError(
+          f"extra {key!r} of sequence {name} is {array.dtype} with"
+          f" {list(array.shape[1:])} a token, of others {kind.dtype} with"
+          f" {list(kind.shape[1:])}; give all one kind"
+        )
+  return kinds or {}
+
+
+def fill_rows(
+  rows: Sequence[Sequence[Tokenized]],
+  *,
+  row_length: int,
+  extras: Mapping[str, np.ndarray] | None = None,
+) -> Batch:
   """Writes sequences into rows; a row may be empty.
 
   Args:
     rows: the sequences of every row; their slots must fit.
     row_length: T.
+    extras: from `check_extras`, so that rows without a sequence have them too;
+      by default those of the sequences given.
 
   Returns:
     A batch of shape [len(rows), T].
   """
+  if extras is None:
+    extras = check_extras(sequence for row in rows for sequence in row)
   shape = (len(rows), row_length)
   batch = Batch(
     tokens=np.zeros(shape, np.int32),
@@ -135,6 +183,10 @@ def fill_rows(rows: Sequence[Sequence[Tokenized]], *, row_length: int) -> Batch:
     action_mask=np.zeros(shape, bool),
     decision_mask=np.zeros(shape, bool),
     rewards=np.zeros(shape, np.float32),
+    extras={
+      name: np.zeros((*shape, *kind.shape[1:]), kind.dtype)
+      for name, kind in extras.items()
+    },
   )
   for index, row in enumerate(rows):
     start = 0
@@ -154,6 +206,8 @@ def fill_rows(rows: Sequence[Sequence[Tokenized]], *, row_length: int) -> Batch:
       batch.action_mask[at] = sequence.action_mask[1:]
       batch.decision_mask[at] = sequence.decision_mask[1:]
       batch.rewards[at] = sequence.rewards[1:]
+      for name, array in batch.extras.items():
+        array[at] = sequence.extras[name][1:]
       start = end
   return batch
 

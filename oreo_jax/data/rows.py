@@ -4,6 +4,7 @@
                {"conversations": [{"role", "content"}, ...], "reward"}
                optional: "id", "problem", "truncated", "turn_rewards", "given",
                "tokens", "logps": of each assistant turn, what was sampled
+               "token_extras": {name: of each assistant turn, a number a token}
   TRL's types  {"prompt", "completion"}            a demonstration, reward 1
                {"prompt", "completion", "label"}   reward 1 or 0
                {"prompt", "chosen", "rejected"}    two rows, rewards 1 and 0
@@ -155,21 +156,37 @@ def _sampled(
   row: Mapping[str, Any], turns: tuple[Turn, ...], given: int, place: str
 ) -> tuple[Sampled, ...] | None:
   """Returns the recorded tokens of a row, if it has any."""
-  tokens, logps = row.get("tokens"), row.get("logps")
-  if tokens is None:
-    if logps is not None:
-      raise SampledTokensError(place, '"logps" stands without "tokens"')
+  extras = row.get("token_extras")
+  if extras is None:
+    extras = {}
+  if not isinstance(extras, Mapping):
+    raise SampledTokensError(
+      place,
+      f'"token_extras" is {type(extras).__name__}, expected lists by name',
+    )
+  lists = {"tokens": row.get("tokens"), "logps": row.get("logps"), **extras}
+  # Tables have every column in every row: null stands for nothing.
+  lists = {name: turn for name, turn in lists.items() if turn is not None}
+  if "tokens" not in lists:
+    if lists:
+      names = ", ".join(f'"{name}"' for name in lists)
+      raise SampledTokensError(place, f'{names} without "tokens"')
     return None
   count = _count_actions(turns, given)
-  for name, lists in (("tokens", tokens), ("logps", logps)):
-    if lists is None and name == "logps":
-      continue
-    if not isinstance(lists, Sequence) or len(lists) != count:
+  for name, of_turns in lists.items():
+    if not isinstance(of_turns, Sequence) or len(of_turns) != count:
       raise SampledTokensError(
         place, f'"{name}" needs {count} lists, one an assistant turn'
       )
   try:
-    return tuple(map(Sampled, tokens, logps or [None] * count))
+    return tuple(
+      Sampled(
+        lists["tokens"][turn],
+        lists["logps"][turn] if "logps" in lists else None,
+        {name: lists[name][turn] for name in extras if name in lists},
+      )
+      for turn in range(count)
+    )
   except ValueError as error:
     raise SampledTokensError(place, str(error)) from error
 

@@ -8,9 +8,13 @@ project samples keeps its token ids, and training uses those.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+# Name under which the log-probabilities travel beside the tokens of a batch.
+BEHAVIOUR_LOGPS = "behaviour_logps"
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -25,30 +29,46 @@ class Sampled:
       sampled too.
     logps: f32[L], log-probability of each token under the policy that sampled
       it; None where that is unknown.
+    extras: more arrays of one number a token by name, f32[L].
   """
 
   tokens: np.ndarray
   logps: np.ndarray | None = None
+  extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     object.__setattr__(self, "tokens", _token_ids(self.tokens))
     if self.logps is not None:
       logps = _numbers(self.logps, "logps", len(self.tokens))
       object.__setattr__(self, "logps", logps)
+    if BEHAVIOUR_LOGPS in self.extras:
+      raise ValueError(f'"{BEHAVIOUR_LOGPS}" goes by the name "logps"')
+    extras = {
+      name: _numbers(values, name, len(self.tokens))
+      for name, values in self.extras.items()
+    }
+    object.__setattr__(self, "extras", extras)
 
   def __eq__(self, other: object) -> bool:
     """Says whether the other holds the same numbers."""
     if not isinstance(other, Sampled):
       return NotImplemented
-    if (self.logps is None) != (other.logps is None):
-      return False
-    return np.array_equal(self.tokens, other.tokens) and (
-      self.logps is None or np.array_equal(self.logps, other.logps)
+    ours, theirs = self.arrays(), other.arrays()
+    return (
+      np.array_equal(self.tokens, other.tokens)
+      and ours.keys() == theirs.keys()
+      and all(np.array_equal(ours[name], theirs[name]) for name in ours)
     )
 
   def __hash__(self) -> int:
     """Hashes the token ids."""
     return hash(self.tokens.tobytes())
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns what goes with the tokens, by the names that batches use."""
+    if self.logps is None:
+      return dict(self.extras)
+    return {BEHAVIOUR_LOGPS: self.logps, **self.extras}
 
   def ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Says whether the last token is one that ends a turn: a special one."""

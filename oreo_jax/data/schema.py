@@ -74,6 +74,11 @@ class Trajectory:
         f"trajectory {self.place} has {len(actions)} assistant turns, but the"
         f" sampled tokens of {len(self.sampled)}"
       )
+    if len({frozenset(turn.arrays()) for turn in self.sampled or ()}) > 1:
+      raise ValueError(
+        f"trajectory {self.place}: log-probabilities and extras of sampled"
+        " tokens must be there for all of its turns or for none"
+      )
     if not self.problem:
       object.__setattr__(self, "problem", self.prompt)
 

@@ -16,6 +16,7 @@ import numpy as np
 from oreo_jax.data import errors
 from oreo_jax.data.chat import CONTEXT, Piece
 from oreo_jax.data.encoding import Encoded, encode_plans, make_plan
+from oreo_jax.data.sampled import BEHAVIOUR_LOGPS
 from oreo_jax.data.schema import Trajectory
 from oreo_jax.data.steps import Delimiters, step_starts
 
@@ -31,7 +32,12 @@ StepEnds = Callable[[np.ndarray], np.ndarray]
 
 
 class Tokenized(NamedTuple):
-  """A trajectory in tokens; every array has shape [L], aligned on the token."""
+  """A trajectory in tokens; every array has shape [L], aligned on the token.
+
+  `extras` holds any more arrays of this kind by name: they travel into the
+  batch with the tokens they belong to. Those of a policy's sampled tokens are
+  zero on all other tokens.
+  """
 
   tokens: np.ndarray  # i32
   action_mask: np.ndarray  # bool: the policy produced this token
@@ -39,6 +45,31 @@ class Tokenized(NamedTuple):
   rewards: np.ndarray  # f32: reward a token
   id: str = ""
   problem: str = ""
+  extras: dict[str, np.ndarray] = {}  # the default is never written to
+
+
+def map_tokens(
+  function: Callable[..., np.ndarray], *sequences: Tokenized
+) -> Tokenized:
+  """Applies a function to each array of the sequences, extras included.
+
+  Args:
+    function: takes the same array of every sequence, returns the new one.
+    *sequences: with extras of the same names.
+
+  Returns:
+    The new sequence, named as the first of them.
+  """
+  first = sequences[0]
+  arrays = {
+    name: function(*(getattr(sequence, name) for sequence in sequences))
+    for name in ("tokens", "action_mask", "decision_mask", "rewards")
+  }
+  extras = {
+    name: function(*(sequence.extras[name] for sequence in sequences))
+    for name in first.extras
+  }
+  return first._replace(**arrays, extras=extras)
 
 
 def tokenize_trajectory(
@@ -78,7 +109,8 @@ def tokenize_trajectories(
   prompt, the response and, unless truncated, the end-of-sequence token as the
   last action. A chat is what the chat template makes of it. An action whose
   sampled tokens are recorded has exactly those: an end token that was not
-  sampled is no action.
+  sampled is no action. What is recorded of each token goes into `extras`; the
+  log-probabilities, as "behaviour_logps", if all trajectories have them.
 
   Args:
     trajectories: to tokenise.
@@ -110,6 +142,11 @@ def tokenize_trajectories(
       " (--config.train.granularity)"
     )
   errors.check_choice(on_long, "on_long")
+  all_have_logps = all(
+    trajectory.sampled is not None
+    and all(turn.logps is not None for turn in trajectory.sampled)
+    for trajectory in trajectories
+  )
   plans = errors.keep_good(
     trajectories,
     lambda trajectory: [make_plan(trajectory, tokenizer)],
@@ -123,6 +160,8 @@ def tokenize_trajectories(
       sequence = _assemble(
         trajectory, pieces, encoded, granularity, step_ends, delimiters
       )
+      if not all_have_logps:
+        sequence.extras.pop(BEHAVIOUR_LOGPS, None)
       error = _length_error(trajectory, sequence, max_length)
       if error is None:
         sequences.append(sequence)
@@ -201,7 +240,24 @@ def _assemble(
     rewards=rewards,
     id=trajectory.id,
     problem=trajectory.problem,
+    extras=_join_extras(encoded),
   )
+
+
+def _join_extras(encoded: Sequence[Encoded]) -> dict[str, np.ndarray]:
+  """Returns the extras of all tokens; zero where a piece has none."""
+  names = dict.fromkeys(
+    name for tokenized in encoded for name in tokenized.extras
+  )
+  return {
+    name: np.concatenate(
+      [
+        tokenized.extras.get(name, np.zeros(len(tokenized.ids), np.float32))
+        for tokenized in encoded
+      ]
+    )
+    for name in names
+  }
 
 
 def _first_tokens(ids: np.ndarray, step_ends: StepEnds) -> np.ndarray:

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -44,8 +45,7 @@ def unpacked(batch):
 
 
 def all_equal(a, b):
-  for x, y in zip(a, b, strict=True):
-    np.testing.assert_array_equal(x, y)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_every_sequence_once_an_epoch(options):
       )
       assert batch.segment_ids.max() <= loader.max_segments
       padding = batch.segment_ids == 0
-      for field in batch:
+      for field in jax.tree.leaves(batch):
         assert not field[padding].any()
       for tokens, action, rewards in unpacked(batch):
         index = int(tokens[0]) // 1000
@@ -153,8 +153,7 @@ def test_processes_share_the_batch(process_count):
         np.testing.assert_array_equal(np.concatenate(pieces), expected)
       else:
         all_equal(
-          [np.concatenate(fields) for fields in zip(*pieces, strict=True)],
-          expected,
+          jax.tree.map(lambda *rows: np.concatenate(rows), *pieces), expected
         )
 
 

@@ -29,7 +29,8 @@ def test_pack_by_hand():
     [True, False, False, True, False, False]
   ]
   assert batch.rewards.tolist() == [[0, 1, 0, 0, 0.5, 0]]
-  assert [field.dtype.name for field in batch] == [
+  assert batch.extras == {}
+  assert [field.dtype.name for field in batch[:-1]] == [
     *["int32"] * 4,
     "bool",
     "bool",
