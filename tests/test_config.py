@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import pathlib
 
 import pytest
@@ -17,6 +18,7 @@ from oreo_jax.config import (
   to_dict,
   unknown_key,
 )
+from oreo_jax.settings import parse_tuple
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -131,3 +133,133 @@ def test_shipped_configs_are_valid(name):
 def test_every_setting_has_a_default():
   for field in dataclasses.fields(Config):
     assert getattr(Config(), field.name) is not None
+
+
+# Numbers that may be below zero, each with the reason.
+MAY_BE_NEGATIVE = {
+  "train.reward_offset": "rewards may be shifted down",
+  "mesh.data": "-1 takes the devices that are left",
+  "mesh.fsdp": "-1 takes the devices that are left",
+  "mesh.tensor": "-1 takes the devices that are left",
+  "mesh.dcn_data": "-1 takes the devices that are left",
+}
+
+
+def numbers(section=None, path=""):
+  """Yields the path and the type of every number, of tuples' entries too."""
+  section = section or Config()
+  for field in dataclasses.fields(section):
+    name = f"{path}.{field.name}" if path else field.name
+    value = getattr(section, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from numbers(value, name)
+    elif field.type in (int, float):
+      yield name, field.type
+    elif field.type is tuple and field.metadata["limits"].entry is not str:
+      yield name, tuple
+
+
+def changed(name, value):
+  """A config with one setting changed, as a flag changes it."""
+  config = Config()
+  *sections, last = name.split(".")
+  section = config
+  for part in sections:
+    section = getattr(section, part)
+  setattr(section, last, value)
+  return config
+
+
+def refuses(name, value):
+  with pytest.raises(ConfigError, match=rf"^config\.{name}: expected ") as e:
+    changed(name, value).validate()
+  return f"got {value!r}: set --config.{name}=" in str(e.value)
+
+
+@pytest.mark.parametrize("name, kind", list(numbers()))
+def test_no_number_may_be_what_cannot_work(name, kind):
+  for bad in (math.nan, math.inf, -math.inf):
+    assert refuses(name, (bad,) if kind is tuple else bad)
+  minus_one = {int: -1, float: -1.0, tuple: (-1,)}[kind]
+  if name not in MAY_BE_NEGATIVE:
+    assert refuses(name, minus_one)
+  elif name != "mesh.data":
+    config = changed(name, minus_one)
+    config.mesh.data = -1 if name == "train.reward_offset" else 1
+    config.validate()
+  if kind is int:
+    assert refuses(name, 2**31)
+    assert refuses(name, True)
+  assert refuses(name, "1")
+
+
+def test_there_are_numbers_to_check():
+  names = [name for name, _ in numbers()]
+  assert len(names) > 100
+  assert set(MAY_BE_NEGATIVE) < set(names)
+  assert {"train.lr", "evaluate.budgets", "compare.dpo.lr_scales"} < set(names)
+
+
+@pytest.mark.parametrize(
+  "values, flag",
+  [
+    ({"train": {"log_every": 0}}, "train.log_every"),
+    ({"train": {"critic_lr": 0.0, "value_head_lr": 1e-6}}, "train.critic_lr"),
+    ({"train": {"kl_target": 0.1, "alpha": 0.0}}, "train.alpha"),
+    ({"train": {"ema_decay": 1.5}}, "train.ema_decay"),
+    ({"train": {"ema_decay": 1.0}}, "train.ema_decay"),
+    ({"train": {"dqo_lambda": -3.0}}, "train.dqo_lambda"),
+    ({"train": {"dqo_lambda": 1.5}}, "train.dqo_lambda"),
+    ({"train": {"label_smoothing": 7.0}}, "train.label_smoothing"),
+    ({"train": {"pairs": 0}}, "train.pairs"),
+    ({"train": {"critic_lr": -1.0}}, "train.critic_lr"),
+    ({"train": {"warmup": 1.1}}, "train.warmup"),
+    ({"train": {"b2": 1.0}}, "train.b2"),
+    ({"evaluate": {"budgets": [1, 2.5]}}, "evaluate.budgets"),
+    ({"evaluate": {"budgets": []}}, "evaluate.budgets"),
+    ({"mesh": {"fsdp": 0}}, "mesh.fsdp"),
+    ({"mesh": {"fsdp": -1}}, "mesh.data"),
+    ({"compare": {"dqo": {"beta": 0.0}}}, "compare.dqo.beta"),
+    ({"compare": {"kto": {"objective": "value"}}}, "compare.kto.objective"),
+    ({"model": {"rope_scaling": [8.0, 1.0]}}, "model.rope_scaling"),
+  ],
+)
+def test_settings_that_used_to_pass_are_refused(values, flag):
+  with pytest.raises(ConfigError, match=rf"config\.{flag}: expected .* got "):
+    from_dict(values).validate()
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"critic_lr": 0.0},
+    # Nothing learns alpha there: DPO has none.
+    {"objective": "dpo", "kl_target": 0.1, "alpha": 0.0},
+    {"measure_every": 0},
+    {"dqo_lambda": 0.0},
+    {"reward_offset": -0.5},
+  ],
+)
+def test_settings_that_work_pass(values):
+  from_dict({"train": values}).validate()
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_checkpoint_keeps_its_own_tokenizer(tokenizer):
+  config = Config(init="some/checkpoint")
+  config.validate()
+  config.data.tokenizer = tokenizer
+  with pytest.raises(ConfigError, match="--config.data.tokenizer=hf"):
+    config.validate()
+  config.data.tokenizer = "hf"
+  config.validate()
+
+
+def test_a_tuple_flag_may_be_short():
+  assert parse_tuple("1,3") == parse_tuple("(1, 3)") == (1, 3)
+  assert parse_tuple("3") == parse_tuple("[3]") == (3,)
+  assert parse_tuple("()") == parse_tuple("") == ()
+  words = ("rejection", "oreo_token")
+  assert parse_tuple("rejection,oreo_token") == words
+  assert parse_tuple("('rejection','oreo_token')") == words
+  assert parse_tuple("(rejection, oreo_token)") == words

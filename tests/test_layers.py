@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "oreo_jax"
 LAYERS = {
   "files": 0,
   "hosts": 0,
+  "settings": 0,
   "config": 1,
   "sharding": 1,
   "progress": 1,

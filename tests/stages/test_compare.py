@@ -137,11 +137,13 @@ def test_what_a_comparison_cannot_have(tmp_path):
 def test_settings_of_a_comparison():
   Config(compare=SMALL).validate()
   with pytest.raises(ConfigError, match="compare.methods"):
-    dataclasses.replace(SMALL, methods=("ppo",)).validate()
+    dataclasses.replace(SMALL, methods=("ppo",)).validate("compare")
   with pytest.raises(ConfigError, match="compare.dpo.lr_scales"):
-    CompareConfig(dpo=MethodConfig("dpo", lr_scales=())).validate()
+    Config(
+      compare=CompareConfig(dpo=MethodConfig("dpo", lr_scales=()))
+    ).validate()
   with pytest.raises(ConfigError, match="compare.share"):
-    CompareConfig(share=0.0).validate()
+    CompareConfig(share=0.0).validate("compare")
   with pytest.raises(ConfigError, match="round_seeds"):
     CompareConfig(seeds=1, round_seeds=2).validate()
   # A fair search: OREO gets no more tries than the others.

@@ -245,7 +245,7 @@ def test_exported_policy_starts_another_run(checkpoint, trajectories, tmp_path):
 
 def test_a_frozen_policy_is_an_objective_of_its_own():
   with pytest.raises(ConfigError, match="train.objective=value"):
-    TrainConfig(critic_warmup=1.0).validate()
+    TrainConfig(critic_warmup=1.0).validate("train")
 
 
 def test_evaluation_without_a_task_judges_the_value(trained):
