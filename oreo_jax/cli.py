@@ -20,6 +20,20 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from oreo_jax.config import Config, ConfigError, field_paths, unknown_key
+from oreo_jax.settings import parse_tuple
+
+
+class _TupleParser(flags.ArgumentParser):
+  """Reads a tuple from the text of a flag."""
+
+  def parse(self, argument):
+    """Returns the tuple; a default comes as one already."""
+    return parse_tuple(argument) if isinstance(argument, str) else argument
+
+
+# With the parser of ml_collections a repeated flag adds to the tuple; with any
+# other the last one counts, as it does for flags of all other types.
+config_flags.register_flag_parser_for_type(tuple, _TupleParser())
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "File with get_config(); FILE:variant picks a variant."

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from oreo_jax import cli
 from oreo_jax.config import Config, ConfigError, save_config
@@ -66,6 +68,42 @@ def test_known_flags_pass():
     ["run", f"--config={MAZE}:easy", "--config.train.lr=1", "--workdir=x"]
   )
   cli.check_overrides(["run", "--config.train.nonsense=1"])  # no file: later
+
+
+def parse_config(*arguments):
+  """The config that the command line's own parser makes of flags."""
+  values = flags.FlagValues()
+  argv = ["oreo", f"--config={MAZE}", *arguments]
+  holder = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=argv
+  )
+  values(argv)
+  return holder.value
+
+
+@pytest.mark.parametrize(
+  "arguments, budgets",
+  [
+    ([], (1, 3, 7)),
+    (["--config.evaluate.budgets=1,3"], (1, 3)),
+    (["--config.evaluate.budgets=4"], (4,)),
+    (["--config.evaluate.budgets", "(1, 2)"], (1, 2)),
+    # The last one counts: this used to give (1, 1, 3).
+    (["--config.evaluate.budgets=1", "--config.evaluate.budgets=1,3"], (1, 3)),
+  ],
+)
+def test_the_last_tuple_flag_counts(arguments, budgets):
+  config = parse_config(*arguments)
+  config.validate()
+  assert config.evaluate.budgets == budgets
+
+
+def test_words_in_a_tuple_flag_need_no_quotes():
+  config = parse_config(
+    "--config.baselines=dpo", "--config.baselines=rejection,dqo"
+  )
+  config.validate()
+  assert config.baselines == ("rejection", "dqo")
 
 
 @pytest.mark.parametrize("arguments", [["frobnicate"], [], ["sft", "collect"]])
