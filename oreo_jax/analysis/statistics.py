@@ -72,45 +72,6 @@ def wilson_interval(
   return float(interval.low), float(interval.high)
 
 
-def bootstrap_interval(
-  samples: np.ndarray,
-  *,
-  confidence: float = 0.95,
-  resamples: int = 1000,
-  seed: int = 0,
-) -> tuple[float, float]:
-  """Percentile bootstrap interval of the mean of independent samples.
-
-  Args:
-    samples: f[n], n >= 1.
-    confidence: Coverage in (0, 1).
-    resamples: Bootstrap samples.
-    seed: Same seed, same interval.
-
-  Returns:
-    (low, high).
-
-  Raises:
-    ValueError: If there are no samples.
-  """
-  samples = np.asarray(samples, np.float64)
-  if samples.ndim != 1 or not samples.size:
-    raise ValueError(f"expected samples of shape [n >= 1], got {samples.shape}")
-  rng = np.random.default_rng(seed)
-  # A resample is a vector of counts: n integers a resample, never [n] floats
-  # gathered `resamples` times.
-  weights = np.full(samples.size, 1 / samples.size)
-  means = np.array(
-    [
-      rng.multinomial(samples.size, weights) @ samples / samples.size
-      for _ in range(resamples)
-    ]
-  )
-  tail = (1 - confidence) / 2
-  low, high = np.quantile(means, [tail, 1 - tail])
-  return float(low), float(high)
-
-
 def calibration_bins(
   predicted: np.ndarray, observed: np.ndarray, *, bins: int = 10
 ) -> CalibrationBins:

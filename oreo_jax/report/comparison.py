@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from markupsafe import Markup
 
 from oreo_jax import files
 from oreo_jax.report import comparison_plots as plots
-from oreo_jax.report.results import percent
+from oreo_jax.report.results import aligned, percent
 
 PAGE_NAME = "report.html"
 
@@ -30,6 +31,7 @@ _HEADER = (
   "method", "lr", "solved", "sd", "seeds", "- SFT", "95% interval", "p",
   "s/run",
 )  # fmt: skip
+_LEVEL = 0.05  # p-values below it get a star
 
 
 def method_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -41,7 +43,7 @@ def method_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if against is not None:
       gain = _signed(against["difference"])
       interval = " to ".join(map(_signed, against["interval"]))
-      p_value = _p(max(against["p_values"]))
+      p_value = _p(against.get("p_value", max(against["p_values"])))
     rows.append(
       (
         NAMES[method["method"]],
@@ -61,42 +63,118 @@ def method_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def searched_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
   """(method, what was tried, remark) of the searches for a learning rate."""
   rows = []
-  for name, tried in results["searched"].items():
-    chosen = results["chosen"][name]
+  for name, chosen in results["chosen"].items():
+    # A grid of one rate was not searched: there was nothing to choose.
+    tried = results["searched"].get(name, ())
     cells = []
     for cell in tried:
       figure = "diverged" if cell["diverged"] else percent(cell["accuracy"])
       mark = "*" if cell["lr"] == chosen else ""
       cells.append(f"{cell['lr']:.3g}: {figure}{mark}")
     rates = [cell["lr"] for cell in tried]
-    # In a grid of two every rate is an edge.
-    edge = len(rates) > 2 and chosen in (min(rates), max(rates))
-    remark = "best at the edge of the grid" if edge else ""
+    if len(rates) < 2:
+      cells = [f"{chosen:.3g}"]
+      remark = "one rate, not searched"
+    elif chosen not in (min(rates), max(rates)):
+      remark = ""
+    elif len(rates) == 2:
+      remark = "best at the edge of a grid of two"
+    else:
+      remark = "best at the edge of the grid"
     rows.append((NAMES[name], "  ".join(cells), remark))
   return rows
 
 
+def contrast_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+  """Every method against every one above it, in points.
+
+  Returns:
+    The header and a row a method: the lower triangle of a matrix whose columns
+    are numbered as its rows. Empty with fewer than three methods, of which the
+    main table says everything.
+  """
+  methods = [method["method"] for method in results["methods"]]
+  if len(methods) < 3 or "contrasts" not in results:
+    return []
+  cells = {
+    (pair["method"], pair["other"]): _signed(pair["difference"])
+    + "*" * ((pair["p_value"] < _LEVEL) + (pair["p_holm"] < _LEVEL))
+    for pair in results["contrasts"]
+  }
+  numbers = range(1, len(methods))
+  rows = [("method less the one of column", *map(str, numbers))]
+  for number, method in enumerate(methods, start=1):
+    ahead = [cells.get((method, other), "") for other in methods[:-1]]
+    rows.append((f"{number} {NAMES[method]}", *ahead))
+  return rows
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+  """Returns what the reader of the main table must know, as sentences."""
+  seeds, minutes = len(results["seeds"]), results["seconds"] / 60
+  spread = (
+    f"sd is the standard deviation over {seeds} seeds"
+    if seeds > 1
+    else "one seed was trained"
+  )
+  sentences = [
+    f"Every policy decodes greedily on {results['problems']:,} held-out "
+    f"problems of the {results['split']} split; {spread}."
+  ]
+  gains = [m["against_sft"] for m in results["methods"] if m["against_sft"]]
+  if gains and "p_value" not in gains[0]:
+    sentences.append(
+      "The interval and the p of the difference to SFT take the trained "
+      "policies as given: they come from an earlier version, which did not "
+      "count other seeds. Another `oreo compare` writes both anew."
+    )
+  elif gains and seeds > 1:
+    sentences.append(
+      "The interval of the difference to SFT is of the mean over seeds and "
+      f"problems: it counts that other seeds than these {seeds} would have "
+      "trained other policies, and that other problems would have been drawn. "
+      "Its p is of the same test, not corrected for the number of methods."
+    )
+  elif gains:
+    sentences.append(
+      "The interval of the difference to SFT counts that other problems would "
+      "have been drawn. With one seed neither it nor p, which is McNemar's, "
+      "says anything of how another seed would train."
+    )
+  sentences.append(
+    "s/run: seconds to train once, without sampling. The comparison took "
+    f"{minutes:.0f} minutes in all."
+  )
+  return sentences
+
+
+def contrast_note(results: Mapping[str, Any]) -> str:
+  """Returns what the stars of the matrix mean."""
+  pairs = len(results["contrasts"])
+  return (
+    "Points by which the method of the row is ahead of that of the column. "
+    f"*: p below {_LEVEL}; **: also after Holm's correction for the {pairs} "
+    "pairs."
+  )
+
+
 def format_comparison(results: Mapping[str, Any]) -> str:
   """The tables for the terminal, no trailing line break."""
-  seeds, problems = len(results["seeds"]), results["problems"]
-  parts = [
-    _aligned(_HEADER, method_rows(results)),
-    f"greedy decoding on {problems:,} held-out problems, {seeds} "
-    f"seed{'s' if seeds != 1 else ''}; p: McNemar, the largest of the seeds; "
-    f"{results['seconds'] / 60:.0f} minutes in all",
-  ]
-  if results["searched"]:
-    parts += [
-      "",
+  blocks = [aligned([_HEADER, *method_rows(results)]), _wrapped(notes(results))]
+  matrix = contrast_rows(results)
+  if matrix:
+    blocks += [aligned(matrix), _wrapped([contrast_note(results)])]
+  if results["chosen"]:
+    blocks.append(
       f"learning rates tried on {results['validation_problems']:,} validation "
-      f"problems, seed {results['seeds'][0]} (* chosen)",
-      _aligned(("method", "lr: solved", ""), searched_rows(results)),
-    ]
+      f"problems, seed {results['seeds'][0]} (* chosen)\n"
+      + aligned([("method", "lr: solved", ""), *searched_rows(results)])
+    )
   for name, runs in results["rounds"].items():
     for seed, rows in runs.items():
-      parts += ["", f"rounds of {NAMES[name]}, seed {seed}"]
-      parts.append(format_rounds(rows))
-  return "\n".join(parts)
+      title = f"rounds of {NAMES[name]}, seed {seed}"
+      blocks.append(f"{title}\n{format_rounds(rows)}")
+  return "\n\n".join(blocks)
 
 
 def format_rounds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -119,7 +197,7 @@ def format_rounds(rows: Sequence[Mapping[str, Any]]) -> str:
     "round", "solved", "95% interval", "correct", "samples right",
     "trajectories", "seconds",
   )  # fmt: skip
-  return _aligned(header, cells)
+  return aligned([header, *cells])
 
 
 def write_comparison(
@@ -145,6 +223,9 @@ def write_comparison(
     results=results,
     header=_HEADER,
     rows=method_rows(results),
+    notes=notes(results),
+    contrasts=contrast_rows(results),
+    contrast_note=contrast_note(results) if contrast_rows(results) else "",
     searched=searched_rows(results),
     names=NAMES,
     methods_plot=Markup(_methods_plot(results)),
@@ -181,20 +262,8 @@ def _rounds_plot(results: Mapping[str, Any]) -> str:
   return plots.rounds(runs) if runs else ""
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Columns of text, the first one to the left, with a rule below the head."""
-  table = [header, *rows]
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  lines = []
-  for cells in table:
-    first, *others = cells
-    padded = [
-      first.ljust(widths[0]),
-      *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True)),
-    ]
-    lines.append("  ".join(padded).rstrip())
-  lines.insert(1, "-" * max(map(len, lines)))
-  return "\n".join(lines)
+def _wrapped(sentences: Sequence[str]) -> str:
+  return textwrap.fill(" ".join(sentences), width=80)
 
 
 def _signed(share: float) -> str:

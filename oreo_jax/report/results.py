@@ -134,27 +134,21 @@ def format_table(results: Mapping[str, Any]) -> str:
     "method", "solved", "95% interval", "correct", "sequences", "tokens",
     "seconds",
   )  # fmt: skip
-  rows = [header, *table_rows(results)]
-  lines = _aligned(rows)
-  lines.append("")
-  lines.append("sequences and tokens: policy samples a problem")
-  return "\n".join(lines)
+  table = aligned([header, *table_rows(results)])
+  return f"{table}\n\nsequences and tokens: policy samples a problem"
 
 
-def _score_table(found: Mapping[str, Any]) -> str:
+def _score_table(scores: Mapping[str, Any]) -> str:
   header = ("score", "AUC within", "95% interval", "AUC pooled", "95% interval")
-  rows = [header, *score_rows(found)]
-  lines = _aligned(rows)
-  lines.append("")
-  lines.append(
-    f"{found['right']:,} of {found['trajectories']:,} trajectories are right; "
-    f"{found['mixed_problems']:,} of {found['problems']:,} problems have both "
-    "kinds"
+  table = aligned([header, *score_rows(scores)])
+  return (
+    f"{table}\n\n{scores['right']:,} of {scores['trajectories']:,} "
+    f"trajectories are right; {scores['mixed_problems']:,} of "
+    f"{scores['problems']:,} problems have both kinds"
   )
-  return "\n".join(lines)
 
 
-def score_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
   """Name, AUC within problems, its interval, AUC pooled, its interval."""
   return [
     (
@@ -164,12 +158,16 @@ def score_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
       f"{score['pooled_auc']:.3f}",
       "{:.3f} to {:.3f}".format(*score["pooled_interval"]),
     )
-    for score in found["scores"]
+    for score in scores["scores"]
   ]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-  """Columns of equal width, the first to the left, a rule under the header."""
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+  """Columns of equal width, the first to the left, a rule under the header.
+
+  Args:
+    rows: the header, then a row of cells a line.
+  """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for row in rows:
@@ -180,7 +178,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
     lines.append("  ".join(cells).rstrip())
   lines.insert(1, "-" * max(map(len, lines)))
-  return lines
+  return "\n".join(lines)
 
 
 def headline(results: Mapping[str, Any]) -> str:

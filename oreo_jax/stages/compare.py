@@ -19,10 +19,9 @@ import math
 import pathlib
 from typing import Any
 
-import numpy as np
 from absl import logging
 
-from oreo_jax.analysis.statistics import bootstrap_interval, paired_test, spread
+from oreo_jax.analysis.comparison import contrasts, summarise
 from oreo_jax.config import Config, ConfigError, MethodConfig
 from oreo_jax.files import write_json
 from oreo_jax.progress import Progress
@@ -231,6 +230,7 @@ def compare(workspace: Workspace) -> dict[str, Any]:
       summarise(name, runs, found["sft"], chosen.get(name))
       for name, runs in found.items()
     ],
+    "contrasts": contrasts(found),
     "rounds": rounds,
     # Of all stages together.
     "seconds": sum(
@@ -284,49 +284,6 @@ def planned_cost(config: Config) -> int:
       rounds = settings.round_seeds * (settings.rounds - 1)
       total += rounds * (cost + _COST["collect"])
   return total
-
-
-def summarise(
-  name: str,
-  runs: list[dict[str, Any]],
-  sft: list[dict[str, Any]],
-  lr: float | None,
-) -> dict[str, Any]:
-  """Returns a row of the table.
-
-  Args:
-    name: of the method.
-    runs: its measurements, one a seed.
-    sft: those of the SFT policies of the same seeds.
-    lr: the learning rate chosen; None for SFT.
-
-  Returns:
-    Mean and spread over seeds and, but for SFT, the difference to SFT: its
-    interval resamples problems, keeping together what the seeds say of one,
-    and McNemar's test compares the policies of every seed.
-  """
-  over_seeds = spread(np.array([run["accuracy"] for run in runs]))
-  against = None
-  if name != "sft":
-    ours = np.array([run["rewards"] for run in runs])
-    theirs = np.array([run["rewards"] for run in sft])
-    tests = [paired_test(a, b) for a, b in zip(ours, theirs, strict=True)]
-    against = {
-      "difference": float((ours - theirs).mean()),
-      "interval": list(bootstrap_interval((ours - theirs).mean(axis=0))),
-      "p_values": [test.p_value for test in tests],
-      "only_method": [test.only_first for test in tests],
-      "only_sft": [test.only_second for test in tests],
-    }
-  return {
-    "method": name,
-    "lr": lr,
-    "accuracies": [run["accuracy"] for run in runs],
-    "mean": over_seeds.mean,
-    "std": over_seeds.std if over_seeds.count > 1 else None,
-    "against_sft": against,
-    "seconds": float(np.mean([run["seconds"] for run in runs])),
-  }
 
 
 def config_of_seed(config: Config, seed: int) -> Config:

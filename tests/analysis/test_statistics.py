@@ -43,31 +43,6 @@ def test_wilson_rejects_bad_counts(correct, total):
     statistics.wilson_interval(correct, total)
 
 
-def test_bootstrap_covers_and_is_seeded():
-  rng = np.random.default_rng(0)
-  hits = sum(
-    low <= 0.3 <= high
-    for trial in range(200)
-    for low, high in [
-      statistics.bootstrap_interval(
-        (rng.random(80) < 0.3).astype(float), resamples=300, seed=trial
-      )
-    ]
-  )
-  assert 0.90 <= hits / 200 <= 0.99
-  samples = rng.random(30)
-  assert statistics.bootstrap_interval(samples, seed=1) == (
-    statistics.bootstrap_interval(samples, seed=1)
-  )
-  assert statistics.bootstrap_interval(samples, seed=1) != (
-    statistics.bootstrap_interval(samples, seed=2)
-  )
-  # The width is that of the standard error.
-  low, high = statistics.bootstrap_interval(samples, resamples=4000)
-  half = 1.96 * samples.std() / math.sqrt(30)
-  assert (high - low) / 2 == pytest.approx(half, rel=0.1)
-
-
 def test_calibration_bins_by_hand():
   result = statistics.calibration_bins(
     np.array([-0.2, 0.1, 0.3, 0.95, 1.0, 1.4]),
@@ -129,7 +104,6 @@ def test_spread_by_hand():
     lambda: statistics.calibration_bins(np.ones(2), np.ones(3)),
     lambda: statistics.paired_test(np.ones(2), np.ones(3)),
     lambda: statistics.spread(np.array([])),
-    lambda: statistics.bootstrap_interval(np.array([])),
   ],
 )
 def test_bad_shapes_are_errors(call):
