@@ -136,13 +136,14 @@ def _write_granite(config):
 
 
 def _read_minicpm(hf):
-  # Without the key the authors' code divides by nothing: scale 1.
-  depth = hf.get("scale_depth", math.sqrt(hf["num_hidden_layers"]))
+  # All three are 1 where config.json has no such key (the defaults of the
+  # authors' configuration_minicpm.py), and the divisions take place all the
+  # same: a scale of 1 is not "no scale".
   return {
-    "embed_scale": float(hf.get("scale_emb", 1.0)),
-    "residual_scale": depth / math.sqrt(hf["num_hidden_layers"]),
-    "logit_scale": hf.get("dim_model_base", hf["hidden_size"])
-    / hf["hidden_size"],
+    "embed_scale": float(hf.get("scale_emb", 1)),
+    "residual_scale": hf.get("scale_depth", 1)
+    / math.sqrt(hf["num_hidden_layers"]),
+    "logit_scale": hf.get("dim_model_base", 1) / hf["hidden_size"],
   }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 
@@ -21,6 +22,7 @@ from oreo_jax.models import (
   save_hf,
   values,
 )
+from oreo_jax.models.hf.families import read_config, write_config
 from oreo_jax.models.hf.files import SafetensorFiles
 from oreo_jax.sharding import make_mesh
 
@@ -167,6 +169,20 @@ def test_families_without_a_class_are_written_as_one_that_has(
   got = outputs(again, tokens, ones, again_config)
   want = outputs(params, tokens, ones, config)
   np.testing.assert_allclose(got, want, atol=1e-5 * want.std())
+
+
+def test_minicpm_without_scales_has_those_of_its_authors():
+  """Their code divides by sqrt(layers) and by the width, key or no key."""
+  hf = json.loads((FIXTURES / "minicpm" / "config.json").read_text())
+  scales = {"scale_emb": 1, "scale_depth": 1, "dim_model_base": 1}
+  without = {k: v for k, v in hf.items() if k not in scales}
+  config = read_config(without)
+  assert config == read_config({**hf, **scales})
+  assert config.embed_scale == 1.0
+  assert config.residual_scale == pytest.approx(1 / math.sqrt(2))  # 2 layers
+  assert config.logit_scale == pytest.approx(1 / 16)  # 16 wide
+  written = write_config("minicpm", config, "lm")
+  assert {k: written[k] for k in scales} == scales
 
 
 def test_folding_moves_every_multiplier_into_the_weights(tmp_path):
