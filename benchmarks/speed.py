@@ -93,6 +93,8 @@ def time_search(config, rng):
   policy = models.init(jax.random.key(0), config.model)
   critic = models.init(jax.random.key(1), config.model, head="value")
   prompts = rng.integers(1, VOCAB, (PROMPTS // 8, PROMPT), dtype=np.int32)
+  # One state, and one token in eight ends a step.
+  stops = decode.Stops((np.arange(VOCAB) % 8 == 1).astype(np.int8)[None])
   proposed = 0
 
   def call():
@@ -103,7 +105,7 @@ def time_search(config, rng):
       prompts,
       jax.random.key(2),
       config.model,
-      delimiters=np.arange(VOCAB) % 8 == 1,
+      stops=stops,
       eos_ids=(0,),
       max_new_tokens=ANSWER,
       beams=BEAMS,

@@ -29,6 +29,7 @@ from oreo_jax.decode.generate import (
   read_prompts,
 )
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
+from oreo_jax.decode.stops import Stops
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Cache, Params
 
@@ -71,7 +72,7 @@ def step_beam_search(
   key: jax.Array,
   config: ModelConfig,
   *,
-  delimiters: np.ndarray,
+  stops: Stops,
   eos_ids: Sequence[int],
   max_new_tokens: int,
   beams: int = 7,
@@ -94,7 +95,7 @@ def step_beam_search(
     prompts: token ids of each question, ragged.
     key: a `jax.random.key`.
     config: architecture of the policy.
-    delimiters: bool[V], tokens that end a step.
+    stops: where a step ends, of `make_stops`.
     eos_ids: tokens that end an answer.
     max_new_tokens: most tokens of an answer.
     beams: B; with 1 and temperature 0 the search is greedy decoding.
@@ -119,7 +120,7 @@ def step_beam_search(
     tokens,
     lengths,
     key,
-    jnp.asarray(delimiters),
+    stops,
     config=config,
     critic_config=critic_config or config,
     eos_ids=tuple(eos_ids),
@@ -147,7 +148,7 @@ def _search_impl(
   prompts,
   lengths,
   key,
-  delimiters,
+  stops,
   *,
   config,
   critic_config,
@@ -200,7 +201,7 @@ def _search_impl(
       eos_ids=eos_ids,
       max_new_tokens=max_step_tokens,
       limits=room,
-      delimiters=delimiters,
+      stops=stops,
     )
     # 2. The value network reads the new tokens.
     parents = jnp.repeat(jnp.arange(count), beams)
@@ -338,6 +339,7 @@ def _commit(
     tokens=_write(old.tokens, grown.tokens[kept], old.lengths, count),
     lengths=old.lengths + count,
     logps=_write(old.logps, grown.logps[kept], old.lengths, count),
+    stop_state=grown.stop_state[kept],
     # The branch's slot 0 is the prefix's last token.
     cache=_write_cache(
       old.cache, _take_cache(grown.cache, kept), old.lengths - 1, count

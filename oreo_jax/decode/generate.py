@@ -16,6 +16,8 @@ import numpy as np
 from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler, draw
+from oreo_jax.decode.stops import Stops
+from oreo_jax.decode.stops import advance as read_stops
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Cache, Params
 from oreo_jax.sharding import constrain_batch
@@ -27,6 +29,7 @@ class Prefix(NamedTuple):
   tokens: jax.Array  # i32[P, S]; rubbish beyond `lengths`
   lengths: jax.Array  # i32[P]
   logps: jax.Array  # f32[P, S], log pi of each generated token, 0 elsewhere
+  stop_state: jax.Array  # i32[P], of the automaton of the stops
   # Keys and values of all tokens but the last one, which is fed next.
   cache: Cache
 
@@ -38,6 +41,7 @@ class Branches(NamedTuple):
   lengths: jax.Array  # i32[R], new tokens
   finished: jax.Array  # bool[R], the last one is an end-of-sequence
   logps: jax.Array  # f32[R, M], log pi of each new token
+  stop_state: jax.Array  # i32[R], of the automaton after the last one
   cache: Cache  # slot 0: the prefix's last token; slot j + 1: new token j
 
 
@@ -126,6 +130,7 @@ def read_prompts(
     tokens=jnp.pad(prompts, ((0, 0), (0, room))),
     lengths=lengths,
     logps=jnp.zeros((prompts.shape[0], slots), jnp.float32),
+    stop_state=jnp.zeros_like(lengths),
     cache=cache,
   )
 
@@ -141,12 +146,13 @@ def extend(
   eos_ids: tuple[int, ...],
   max_new_tokens: int,
   limits: jax.Array | None = None,
-  delimiters: jax.Array | None = None,
+  stops: Stops | None = None,
 ) -> Branches:
   """Grows branches from every prefix until all end, in one `while_loop`.
 
-  A branch ends after an end-of-sequence token, after a delimiter token, or at
-  its limit. The prefixes' cache is only read, once a step for all branches.
+  A branch ends after an end-of-sequence token, after the token that ends its
+  step, or at its limit. The prefixes' cache is only read, once a token for all
+  branches.
 
   Args:
     params: the policy.
@@ -159,7 +165,7 @@ def extend(
     eos_ids: tokens that end an answer.
     max_new_tokens: M, most tokens of a branch.
     limits: i32[P], most tokens of the branches of each prefix; 0 grows none.
-    delimiters: bool[V], tokens that end a step; None: go on to the end.
+    stops: where a step ends; None: go on to the end.
 
   Returns:
     The branches.
@@ -192,17 +198,20 @@ def extend(
     logits = models.logits(params, out.hidden[:, 0], config)
     token, logp = draw(jax.random.fold_in(key, step), logits, sampler)
     ended = jnp.any(token[:, None] == eos, axis=1)
+    stop_state, stopped = grown.stop_state, jnp.zeros_like(ended)
+    if stops is not None:
+      after, stopped = read_stops(stops, stop_state, token)
+      stop_state = jnp.where(active, after, stop_state)
     lengths = grown.lengths + active.astype(jnp.int32)
     grown = Branches(
       tokens=_set_column(grown.tokens, step, token),
       lengths=lengths,
       finished=grown.finished | (active & ended),
       logps=_set_column(grown.logps, step, logp),
+      stop_state=stop_state,
       cache=out.cache,
     )
-    active &= ~ended & (lengths < limit)
-    if delimiters is not None:
-      active &= ~delimiters[token]
+    active &= ~ended & ~stopped & (lengths < limit)
     return step + 1, active, token[:, None], grown
 
   start = Branches(
@@ -210,6 +219,7 @@ def extend(
     lengths=jnp.zeros(rows, jnp.int32),
     finished=jnp.zeros(rows, bool),
     logps=jnp.zeros((rows, max_new_tokens), jnp.float32),
+    stop_state=jnp.repeat(prefix.stop_state, branches),
     cache=models.Cache(*(constrain_batch(x, dim=1) for x in empty)),
   )
   carry = (

@@ -200,7 +200,11 @@ def _search_methods(
   workspace = bench.workspace
   settings = workspace.config.evaluate
   prompts = tokenize_problems(workspace, bench.problems)
-  delimiters = delimiter_tokens(workspace)
+  stops = decode.make_stops(
+    workspace.tokenizer,
+    workspace.task.step_delimiters,
+    workspace.config.model.vocab_size,
+  )
   methods = []
   for beams in (n for n in settings.budgets if n > 1):
     start = time.monotonic()
@@ -217,7 +221,7 @@ def _search_methods(
         jax.random.key(settings.seed),
         workspace.config.model,
         beams=beams,
-        delimiters=delimiters,
+        stops=stops,
         eos_ids=workspace.eos_ids,
         max_new_tokens=settings.max_new_tokens,
         max_steps=settings.max_steps,
@@ -233,19 +237,6 @@ def _search_methods(
     label = f"{name} + beam search B={beams}"
     methods.append(_method(label, stage, "beam", beams, outcome))
   return methods
-
-
-def delimiter_tokens(workspace: Workspace) -> np.ndarray:
-  """Returns bool[V]: tokens whose text ends a reasoning step."""
-  size = workspace.config.model.vocab_size
-  ends = np.zeros(size, bool)
-  special = set(workspace.tokenizer.all_special_ids)
-  marks = workspace.task.step_delimiters
-  for token in range(len(workspace.tokenizer)):
-    if token not in special:
-      text = workspace.tokenizer.decode([token])
-      ends[token] = any(mark in text for mark in marks)
-  return ends
 
 
 def _judge_values(

@@ -7,14 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from oracles import chain, tiny
 from oracles import search as oracle
+from oracles import stops as stops_oracle
 
 from oreo_jax import models
 from oreo_jax.decode import (
   ANCESTRAL,
+  DELIMITERS,
   GREEDY,
+  Stops,
   generate,
+  make_stops,
   search_all,
   step_beam_search,
 )
@@ -27,7 +33,8 @@ EOS = chain.EOS
 ENDS = np.isin(np.arange(VOCAB), np.arange(1, 9))
 BEAMS = 3
 LIMITS = {"max_steps": 4, "max_step_tokens": 3, "max_new_tokens": 9}
-OPTIONS = {"delimiters": ENDS, "eos_ids": (EOS,), "beams": BEAMS, **LIMITS}
+STOPS = Stops(ENDS.astype(np.int8)[None])  # one state
+OPTIONS = {"stops": STOPS, "eos_ids": (EOS,), "beams": BEAMS, **LIMITS}
 
 
 def take_turns(key, logits, sampler):
@@ -68,21 +75,26 @@ def random_chain(seed):
   return follow, values
 
 
-def compare(search, follow, values, prompts, **options):
+def token_ends(answer):
+  return bool(ENDS[answer[-1]])
+
+
+def compare(
+  search, follow, values, prompts, *, stops=STOPS, ends=token_ends, **options
+):
   policy = chain.make_policy(
     CONFIG, chain.table_logits(VOCAB, follow, slope=0.5)
   )
   critic = chain.make_critic(CONFIG, values)
-  out = search(
-    policy, critic, prompts, KEY, CONFIG, **OPTIONS, prompt_length=3, **options
-  )
+  options = {**OPTIONS, "stops": stops, "prompt_length": 3, **options}
+  out = search(policy, critic, prompts, KEY, CONFIG, **options)
   results = []
   for row, prompt in enumerate(prompts):
     want = oracle.step_beam_search(
       prompt,
       follow=follow,
       value=values,
-      ends=set(np.flatnonzero(ENDS).tolist()),
+      ends=ends,
       eos=EOS,
       beams=BEAMS,
       **LIMITS,
@@ -107,6 +119,48 @@ def test_search_matches_plain_python(deterministic):
   # Both kinds of ends were seen, and the limits were reached.
   assert 10 < sum(finished) < len(finished) - 3
   assert max(lengths) == LIMITS["max_new_tokens"] and min(lengths) <= 2
+
+
+# Pieces of delimiters, which complete across tokens and across cut steps.
+PIECES = [".", " ", "$", "\n", ". b", "a.", " .$ ", "a\n\nb", *"abcdefghijklm"]
+
+
+def test_steps_end_where_the_text_says(deterministic):
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(
+      {name: id for id, name in enumerate(["<eos>", *PIECES])}
+    )
+  )
+  backend.decoder = tokenizers.decoders.Fuse()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, eos_token="<eos>"
+  )
+  delimiters = DELIMITERS["sentences"]
+
+  def ends(answer):
+    return stops_oracle.step_ends(tokenizer.decode, answer, delimiters)[-1]
+
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11]]
+  results = []
+  for seed in range(12):
+    rng = np.random.default_rng(seed)
+    follow, values = random_chain(seed)
+    # Many ways lead to the pieces of delimiters.
+    for ways in follow.values():
+      for place, way in enumerate(ways):
+        piece = int(rng.integers(1, 9))
+        if way != EOS and piece not in ways and rng.random() < 0.7:
+          ways[place] = piece
+    results += compare(
+      deterministic,
+      follow,
+      values,
+      prompts,
+      stops=make_stops(tokenizer, delimiters, VOCAB),
+      ends=ends,
+    )
+  texts = [tokenizer.decode(result.answer.tokens) for result in results]
+  assert sum(". " in text or ".$ " in text for text in texts) > 5
 
 
 # Token 9 starts the question. The likelier first step, 10 1, leads to a wrong

@@ -19,13 +19,14 @@ class Result(NamedTuple):
   proposed: int  # tokens of all proposals
 
 
-def propose(text, way, *, follow, ends, eos, max_step_tokens, room):
+def propose(prompt, text, way, *, follow, ends, eos, max_step_tokens, room):
   """Returns the new tokens of one proposal."""
   step = []
+  answer = text[len(prompt) :]
   while len(step) < min(max_step_tokens, room):
     ways = follow[(text + tuple(step))[-1]]
     step.append(ways[way % len(ways)])
-    if step[-1] == eos or step[-1] in ends:
+    if step[-1] == eos or ends(answer + tuple(step)):
       break
   return tuple(step)
 
@@ -47,7 +48,10 @@ def step_beam_search(
   max_step_tokens,
   max_new_tokens,
 ):
-  """Returns the winner and the number of tokens proposed."""
+  """Returns the winner and the number of tokens proposed.
+
+  `ends` says of the tokens of an answer whether the last one ends a step.
+  """
   live, gone, proposed = [tuple(prompt)], [], 0
   copies = beams  # the prompt stands in the beam B times at first
   for _ in range(max_steps):
@@ -58,6 +62,7 @@ def step_beam_search(
       room = max_new_tokens - (len(text) - len(prompt))
       for way in range(beams):
         step = propose(
+          tuple(prompt),
           text,
           way,
           follow=follow,
