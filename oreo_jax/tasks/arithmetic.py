@@ -140,6 +140,10 @@ class ArithmeticTask:
       np.float32,
     )
 
+  def grading_report(self) -> dict[str, int]:
+    """Returns nothing: the verifier is exact and never fails."""
+    return {}
+
   def final_answer(self, response: str) -> str:
     """Returns the number the last line ends in, as text; empty if none."""
     match = _FINAL.search(response)

@@ -5,6 +5,7 @@ Rows have `prompt`, `answer` and, to serve as demonstrations, `response`.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,9 +21,13 @@ class ExactGrader:
 
   The answer is what follows the last marker; without one it is the whole
   response.
+
+  Attributes:
+    counts: stays empty, as texts can always be compared.
   """
 
   def __init__(self, *, markers: Sequence[str] = MARKERS):
+    self.counts: collections.Counter[str] = collections.Counter()
     self._markers = tuple(markers)
 
   def extract(self, response: str) -> str:

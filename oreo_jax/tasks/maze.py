@@ -163,6 +163,10 @@ class MazeTask:
     """Returns why the response is wrong, or an empty string if it is right."""
     return self._find_fault(self._parse(problem.prompt), response)
 
+  def grading_report(self) -> dict[str, int]:
+    """Returns nothing: the verifier is exact and never fails."""
+    return {}
+
   def final_answer(self, response: str) -> str:
     """Returns the whole path: two answers agree if they walk the same way."""
     return response.strip()

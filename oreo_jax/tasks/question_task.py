@@ -5,6 +5,7 @@ r"""Tasks over a data set of questions, graded by the final answer.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -41,7 +42,13 @@ class Example(NamedTuple):
 
 
 class Grader(Protocol):
-  """Cuts out and compares final answers."""
+  """Cuts out and compares final answers.
+
+  Attributes:
+    counts: how answers were decided so far.
+  """
+
+  counts: collections.Counter[str]
 
   def extract(self, response: str) -> str | None:
     """Returns the final answer of a response, None if it states none."""
@@ -122,6 +129,10 @@ class QuestionTask:
     return self.grader.grade_responses(
       [problem.answer for problem in problems], responses
     )
+
+  def grading_report(self) -> dict[str, int]:
+    """Returns the counts of the grader (see `Task`)."""
+    return dict(self.grader.counts)
 
   def final_answer(self, response: str) -> str:
     """Returns the final answer, plain numbers in one spelling for votes."""

@@ -7,18 +7,18 @@ give partial credit, some of it for substrings, so only a full score counts.
 
 from __future__ import annotations
 
+import collections
 import hashlib
-import logging
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 
+from oreo_jax.tasks.grading.report import warn_of_failures
 from oreo_jax.tasks.task import SPLITS, Problem, check_pairs, check_split
 
 _INSTRUCTION = "Put the final answer between <answer> and </answer>.\n"
 _MAX_DRAWS = 1_000_000
-
-_logger = logging.getLogger(__name__)
 
 
 class ReasoningGymTask:
@@ -27,7 +27,8 @@ class ReasoningGymTask:
   Attributes:
     name: `reasoning_gym`.
     step_delimiters: a step ends with its line.
-    scorer_errors: answers graded 0 because the scorer raised.
+    counts: answers `scored`, or graded 0 because there was `no_answer`, it was
+      `too_long`, or the scorer raised (`error`).
   """
 
   name = "reasoning_gym"
@@ -69,7 +70,7 @@ class ReasoningGymTask:
       zip(SPLITS, (train_size, validation_size, test_size), strict=True)
     )
     self._max_chars = max_chars
-    self.scorer_errors = 0
+    self.counts: collections.Counter[str] = collections.Counter()
 
   def problems(self, split: str, count: int | None = None) -> list[Problem]:
     """Returns the first `count` problems of a split (see `Task`)."""
@@ -106,19 +107,35 @@ class ReasoningGymTask:
     """Returns f32[n]: 1 for a full score, 0 for less or a scorer that fails."""
     check_pairs(problems, responses)
     rewards = np.zeros(len(problems), np.float32)
+    counts: collections.Counter[str] = collections.Counter()
     for i, (problem, response) in enumerate(
       zip(problems, responses, strict=True)
     ):
       answer = self.final_answer(response)
-      if not answer or len(answer) > self._max_chars:
-        continue
-      try:
-        score = self._items.score_answer(answer, self._items[int(problem.id)])
-        rewards[i] = score >= 1.0
-      except Exception as error:  # scorers assume well-formed answers
-        self.scorer_errors += 1
-        _logger.debug("scorer failed on problem %s: %r", problem.id, error)
+      if not answer:
+        counts["no_answer"] += 1
+      elif len(answer) > self._max_chars:
+        counts["too_long"] += 1
+      else:
+        try:
+          score = self._items.score_answer(answer, self._items[int(problem.id)])
+          rewards[i] = score >= 1.0
+          counts["scored"] += 1
+        except Exception as error:  # scorers assume well-formed answers
+          counts["error"] += 1
+          logging.debug("scorer failed on problem %s: %r", problem.id, error)
+    self.counts += counts
+    warn_of_failures(
+      counts,
+      len(problems),
+      advice="look at what the policy writes: the scorer takes well-formed "
+      "answers alone",
+    )
     return rewards
+
+  def grading_report(self) -> dict[str, int]:
+    """Returns the counts so far (see `Task`)."""
+    return dict(self.counts)
 
   def final_answer(self, response: str) -> str:
     """Returns what the last `<answer>` tags hold, empty if nothing."""

@@ -65,6 +65,14 @@ class Task(Protocol):
     """Returns f32[n]: 1 where the response solves the problem, else 0."""
     ...
 
+  def grading_report(self) -> dict[str, int]:
+    """Returns how many answers `grade` decided so far, by how.
+
+    The names in `grading.FAILURES` count answers that got 0 because they could
+    not be compared. Empty for verifiers that cannot fail.
+    """
+    ...
+
   def final_answer(self, response: str) -> str:
     """Returns the part of a response that votes are counted over."""
     ...

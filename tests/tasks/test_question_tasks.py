@@ -88,6 +88,18 @@ def test_gsm8k_formats(gsm8k_file, answer_format, ending):
   assert task.grade(*zip(*pairs, strict=True)).all()
 
 
+def test_the_report_tells_how_answers_were_graded(gsm8k_file):
+  task = get_task("gsm8k", path=gsm8k_file)
+  assert task.grading_report() == {}
+  problem = task.problems("train", 1)[0]
+  task.grade([problem] * 3, [f"#### {problem.answer}", "none", "#### 0"])
+  assert task.grading_report() == {"plain": 2, "no_answer": 1}
+  exact = get_task("jsonl", path=gsm8k_file, grading="exact")
+  assert exact.grading_report() == {}
+  for name in ("maze", "arithmetic"):
+    assert get_task(name).grading_report() == {}
+
+
 def test_votes_agree_on_spellings(gsm8k_file):
   task = get_task("gsm8k", path=gsm8k_file)
   spellings = ["#### 1,000", "A: $1000.00", r"\boxed{1000 \text{ apples}}"]

@@ -49,7 +49,7 @@ def test_a_scorer_that_raises_counts_zero():
   task._items.score_answer = broken
   answer = f"<answer>{problem.answer}</answer>"
   assert task.grade([problem], [answer]).tolist() == [0.0]
-  assert task.scorer_errors == 1
+  assert task.grading_report() == {"error": 1}
 
 
 def test_partial_credit_is_none():

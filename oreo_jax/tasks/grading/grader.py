@@ -23,6 +23,7 @@ from oreo_jax.tasks.grading.answers import (
 )
 from oreo_jax.tasks.grading.compare import compare_plainly
 from oreo_jax.tasks.grading.pool import GraderPool
+from oreo_jax.tasks.grading.report import warn_of_failures
 
 
 class MathGrader:
@@ -31,8 +32,8 @@ class MathGrader:
   Attributes:
     counts: how answers were decided so far: `plain` (without a worker), by
       math-verify `equal` or `different`, or graded 0 because there was
-      `no_answer`, it was `too_long`, or the worker ended in a `timeout`,
-      `crash` or `error`.
+      `no_answer`, it was `too_long`, or the worker failed (see
+      `GraderPool.compare`). More than 1% of failures in one call are logged.
   """
 
   def __init__(
@@ -49,7 +50,8 @@ class MathGrader:
     Args:
       markers: which markers state an answer (see `answers.MARKERS`).
       workers: most worker processes; by default one a core, at most 4.
-      timeout_s: wall time an answer may take in a worker.
+      timeout_s: processor time an answer may take in a worker, so that
+        labels do not depend on what else the machine does.
       max_chars: a longer answer is graded 0.
       memory_mb: address space a worker may use.
     """
@@ -60,7 +62,7 @@ class MathGrader:
       )
     if not 0 < max_chars <= 4000:
       raise ValueError(f"max_chars must be 1 to 4000; got {max_chars}")
-    self.counts = collections.Counter()
+    self.counts: collections.Counter[str] = collections.Counter()
     self._markers = tuple(markers)
     self._max_chars = max_chars
     self._lock = threading.Lock()
@@ -96,29 +98,37 @@ class MathGrader:
         f"got {len(references)} references and {len(answers)} answers"
       )
     rewards = np.zeros(len(answers), np.float32)
+    counts: collections.Counter[str] = collections.Counter()
     undecided = collections.defaultdict(list)  # pair -> places it stands at
     with self._lock:
       for i, (reference, answer) in enumerate(
         zip(references, answers, strict=True)
       ):
         if not answer:
-          self.counts["no_answer"] += 1
+          counts["no_answer"] += 1
         elif len(answer) > self._max_chars:
-          self.counts["too_long"] += 1
+          counts["too_long"] += 1
         else:
           pair = (normalize_answer(reference), normalize_answer(answer))
           equal = compare_plainly(*pair)
           if equal is None:
             undecided[tuple(map(spell_for_algebra, pair))].append(i)
           else:
-            self.counts["plain"] += 1
+            counts["plain"] += 1
             rewards[i] = equal
       outcomes = self._pool.compare(list(undecided))
       for places, outcome in zip(undecided.values(), outcomes, strict=True):
-        self.counts[outcome] += len(places)
+        counts[outcome] += len(places)
         rewards[places] = outcome == "equal"
+      self.counts += counts
+    warn_of_failures(
+      counts,
+      len(answers),
+      advice="look at what the policy writes, or raise "
+      "--config.task.options.timeout_s or memory_mb",
+    )
     return rewards
 
-  def close(self):
+  def close(self) -> None:
     """Ends the worker processes."""
     self._pool.close()

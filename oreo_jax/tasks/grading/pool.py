@@ -3,6 +3,10 @@
 The workers are fresh interpreters, never forks: the parent runs jax, which has
 threads. They start when first needed. One that takes too long is killed, one
 that dies is replaced, and the answer it had at hand counts as not equal.
+
+Too long is a matter of processor time, which the worker's own timer measures:
+the same answer gets the same label however busy the machine is. The limit in
+wall time only frees a worker that neither works nor dies.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 import pathlib
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -25,10 +30,13 @@ _PROGRAM = pathlib.Path(__file__).with_name("worker.py")
 class _Worker:
   """A process, what it has at hand and until when."""
 
-  def __init__(self, timeout_s: float, memory_mb: int):
+  def __init__(self, cpu_s: float, wall_s: float, memory_mb: int):
     # -P keeps this folder, whose modules have common names, off its path.
+    limits = map(str, (cpu_s, wall_s, memory_mb))
     self.process = subprocess.Popen(
-      [sys.executable, "-P", str(_PROGRAM), str(timeout_s), str(memory_mb)],
+      [sys.executable, "-P", str(_PROGRAM), *limits],
+      # The order of sympy's sets, and so its time, must not depend on chance.
+      env=os.environ | {"PYTHONHASHSEED": "0"},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
@@ -40,7 +48,7 @@ class _Worker:
     self.jobs_done = 0
     self._unread = b""
 
-  def send(self, job: int, reference: str, answer: str, limit_s: float):
+  def send(self, job: int, reference: str, answer: str, limit_s: float) -> None:
     line = json.dumps({"reference": reference, "answer": answer}) + "\n"
     self.process.stdin.write(line.encode())
     self.process.stdin.flush()
@@ -54,7 +62,7 @@ class _Worker:
     *lines, self._unread = (self._unread + data).split(b"\n")
     return [json.loads(line) for line in lines]
 
-  def stop(self):
+  def stop(self) -> None:
     self.process.kill()
     self.process.wait()
     self.process.stdout.close()
@@ -78,20 +86,24 @@ class GraderPool:
     timeout_s: float,
     memory_mb: int,
     jobs_per_worker: int = 1000,
+    wall_s: float | None = None,
   ):
     """Makes a pool without starting a process.
 
     Args:
       workers: most processes at a time.
-      timeout_s: wall time an answer may take.
+      timeout_s: processor time an answer may take.
       memory_mb: address space a worker may use.
       jobs_per_worker: a worker is replaced after so many answers, so that
         what sympy caches does not pile up.
+      wall_s: wall time an answer may take; by default a minute and twenty
+        times `timeout_s`, more than any load should ask for.
     """
     for name, value in (("workers", workers), ("timeout_s", timeout_s)):
-      if value <= 0:
+      if not value > 0:
         raise ValueError(f"{name} must be positive; got {value}")
-    self._limit_s = timeout_s
+    self._cpu_s = timeout_s
+    self._wall_s = 60 + 20 * timeout_s if wall_s is None else wall_s
     self._memory_mb = memory_mb
     self._most = workers
     self._jobs_per_worker = jobs_per_worker
@@ -103,7 +115,9 @@ class GraderPool:
     """Compares (reference, answer) pairs.
 
     Returns:
-      For each pair `equal`, `different`, `timeout`, `crash` or `error`.
+      For each pair `equal`, `different`, or how its worker failed: `timeout`
+      (too much processor time), `stalled` (too much wall time without it),
+      `crash` or `error`.
 
     Raises:
       RuntimeError: if no worker can be started at all.
@@ -122,20 +136,27 @@ class GraderPool:
       raise
     return outcomes
 
-  def close(self):
+  def close(self) -> None:
     """Ends all processes; the pool starts new ones if it is used again."""
     _stop_all(self._workers)
 
-  def _hand_out(self, waiting, pairs):
+  def _hand_out(
+    self,
+    waiting: collections.deque[int],
+    pairs: Sequence[tuple[str, str]],
+  ) -> None:
+    """Starts the workers that are missing and gives each idle one a job."""
     busy = sum(worker.job is not None for worker in self._workers)
     wanted = min(self._most, busy + len(waiting))
     while len(self._workers) < wanted:
-      self._workers.add(_Worker(self._limit_s + 1, self._memory_mb))
+      # The worker's own alarm is for the case that this process is gone.
+      worker = _Worker(self._cpu_s, self._wall_s + 1, self._memory_mb)
+      self._workers.add(worker)
       self.started += 1
     for worker in list(self._workers):
       if waiting and worker.is_ready and worker.job is None:
         try:
-          worker.send(waiting[0], *pairs[waiting[0]], self._limit_s)
+          worker.send(waiting[0], *pairs[waiting[0]], self._wall_s)
           waiting.popleft()
         except BrokenPipeError:  # died while idle; the next round replaces it
           self._drop(worker)
@@ -165,7 +186,7 @@ class GraderPool:
       self._drop(worker)
       if not worker.is_ready:
         raise RuntimeError(f"a grader did not start within {_START_S:.0f} s")
-      return "timeout"
+      return "stalled"
     replies = worker.receive()
     if replies is None:
       self._drop(worker)
@@ -173,7 +194,8 @@ class GraderPool:
         raise RuntimeError(
           f"a grader ended with code {worker.process.returncode} at its start"
         )
-      return "crash"
+      died_of_timer = worker.process.returncode == -signal.SIGPROF
+      return "timeout" if died_of_timer else "crash"
     outcome = ""
     for reply in replies:
       if "missing" in reply:
@@ -195,7 +217,7 @@ class GraderPool:
         self._drop(worker)
     return outcome
 
-  def _drop(self, worker: _Worker):
+  def _drop(self, worker: _Worker) -> None:
     worker.stop()
     self._workers.discard(worker)
 
@@ -206,7 +228,7 @@ def _has_data(worker: _Worker) -> bool:
     return bool(selector.select(0))
 
 
-def _stop_all(workers: set[_Worker]):
+def _stop_all(workers: set[_Worker]) -> None:
   for worker in workers:
     worker.stop()
   workers.clear()

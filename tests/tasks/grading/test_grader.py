@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from oreo_jax.tasks.grading import pool as pool_module
 from oreo_jax.tasks.grading.grader import MathGrader
 from oreo_jax.tasks.grading.pool import GraderPool
 
@@ -193,7 +194,7 @@ def test_every_case_is_counted(graded):
   rewards, counts = graded
   assert rewards.dtype == np.float32
   assert counts.total() == len(CASES)
-  assert not counts.keys() & {"timeout", "crash"}
+  assert not counts.keys() & {"timeout", "stalled", "crash"}
 
 
 def test_two_boxed_answers_are_no_set():
@@ -286,6 +287,7 @@ def grade_hostile(answers, timeout_s):
 def test_huge_powers_are_killed():
   seconds, grader = grade_hostile(["9^{9^{9^9}}", "(1+x)^{99999}"], 3.0)
   assert grader.counts["timeout"] + grader.counts["crash"] >= 1
+  assert not grader.counts["stalled"]
   # A limit each and a start each for at most three workers, on a busy machine.
   assert seconds < 60
 
@@ -319,6 +321,108 @@ def test_a_worker_that_dies_costs_one_answer():
     worker.process.wait()
   assert pool.compare([("x+1", "1+x"), ("x", "y")]) == ["equal", "different"]
   pool.close()
+
+
+# Multiplies for minutes before it needs much memory.
+BURNING = ("1", "100000000!")
+EASY = ("x+1", "1+x")
+
+
+def run_in_bursts(worker, stop, run_s, pause_s):
+  """Lets a worker run a share of the time, as a loaded machine does."""
+  pid = worker.process.pid
+  try:
+    while not stop.is_set():
+      os.kill(pid, signal.SIGSTOP)
+      time.sleep(pause_s)
+      os.kill(pid, signal.SIGCONT)
+      time.sleep(run_s)
+  except ProcessLookupError:
+    pass
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+  """Every worker that has a job runs a quarter of the time."""
+  stop, threads = threading.Event(), []
+  send = pool_module._Worker.send
+
+  def send_and_slow(worker, *arguments):
+    send(worker, *arguments)
+    threads.append(
+      threading.Thread(target=run_in_bursts, args=(worker, stop, 0.1, 0.3))
+    )
+    threads[-1].start()
+
+  monkeypatch.setattr(pool_module._Worker, "send", send_and_slow)
+  yield
+  stop.set()
+  for thread in threads:
+    thread.join()
+
+
+def test_work_without_end_is_a_timeout():
+  pool = GraderPool(workers=1, timeout_s=1, memory_mb=1024)
+  assert pool.compare([BURNING, EASY]) == ["timeout", "equal"]
+  pool.close()
+
+
+def test_load_changes_no_label(loaded):
+  pool = GraderPool(workers=1, timeout_s=1, memory_mb=1024)
+  assert pool.compare([BURNING, EASY]) == ["timeout", "equal"]
+  pool.close()
+
+
+def stop_at_send(monkeypatch, pause_s=None):
+  """Stops a worker when it gets a job; lets it run after `pause_s` if given."""
+  send = pool_module._Worker.send
+
+  def send_and_stop(worker, *arguments):
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    send(worker, *arguments)
+    if pause_s is not None:
+      wake = (worker.process.pid, signal.SIGCONT)
+      threading.Timer(pause_s, os.kill, wake).start()
+
+  monkeypatch.setattr(pool_module._Worker, "send", send_and_stop)
+
+
+def test_waiting_is_no_timeout(monkeypatch):
+  stop_at_send(monkeypatch, pause_s=3)
+  pool = GraderPool(workers=1, timeout_s=1, memory_mb=1024)
+  begin = time.monotonic()
+  assert pool.compare([EASY]) == ["equal"]
+  assert time.monotonic() - begin > 3
+  pool.close()
+
+
+def test_a_worker_that_stands_still_is_ended(monkeypatch):
+  stop_at_send(monkeypatch)
+  pool = GraderPool(workers=1, timeout_s=1, memory_mb=1024, wall_s=2)
+  assert pool.compare([EASY]) == ["stalled"]
+  assert not pool._workers
+
+
+@pytest.mark.parametrize(
+  "failures, total, warned",
+  [(0, 100, False), (1, 100, False), (2, 100, True), (1, 1, True)],
+)
+def test_failures_are_counted_and_told(failures, total, warned, caplog):
+  grader = MathGrader()
+  outcomes = (["timeout", "crash"] * failures)[:failures]
+  right = total - failures
+  # One job an answer that is no plain number, each another one.
+  answers = [f"x+{i}" for i in range(failures)] + ["18"] * right
+  grader._pool.compare = lambda pairs: outcomes[: len(pairs)]
+  with caplog.at_level("WARNING", logger="absl"):
+    rewards = grader.grade_answers(["18"] * total, answers)
+  assert rewards.sum() == right
+  assert grader.counts.total() == total
+  assert bool(caplog.messages) == warned
+  if warned:
+    (message,) = caplog.messages
+    assert f"{failures} of {total} answers" in message
+    assert "1 timeout" in message and "options.timeout_s" in message
 
 
 def test_workers_are_replaced_after_their_share():
