@@ -55,10 +55,13 @@ class BadRewardError(TrajectoryError):
 
 
 class EmptyResponseError(TrajectoryError):
-  """There is no action to learn from."""
+  """There is no action to learn from.
 
-  kind = "empty response"
-  fix = "give the response or remove the row"
+  An empty answer is no such error: its action is to end at once.
+  """
+
+  kind = "no action"
+  fix = "give an assistant turn to learn from, or remove the row"
 
 
 class SampledTokensError(TrajectoryError):
@@ -113,38 +116,52 @@ def check_choice(value: str, argument: str) -> None:
 
 
 def keep_good(
-  rows: Iterable[T], parse: Callable[[T], list], *, on_error: str = "raise"
+  rows: Iterable[T],
+  parse: Callable[[T], list],
+  *,
+  on_error: str = "raise",
+  skipped: collections.Counter[str] | None = None,
 ) -> list:
-  """Parses rows; raises at the first bad one, or drops, counts and logs them.
+  """Parses rows; raises at the first bad one, or drops and counts them.
 
   Args:
     rows: what to parse.
     parse: returns the objects a row holds, or raises `TrajectoryError`.
     on_error: "raise" or "skip".
+    skipped: takes the number of dropped rows by kind; by default they are
+      logged here.
 
   Returns:
     All objects, in order.
   """
   check_choice(on_error, "on_error")
-  skipped: collections.Counter[str] = collections.Counter()
-  kept: list = []
+  counts = collections.Counter() if skipped is None else skipped
+  objects: list = []
   for row in rows:
     try:
-      kept.extend(parse(row))
+      objects.extend(parse(row))
     except TrajectoryError as error:
       if on_error == "raise":
         raise
-      if not skipped[error.kind]:
-        logging.warning("skipped: %s", error)
-      skipped[error.kind] += 1
-  log_skipped(skipped, len(kept))
-  return kept
+      count_skipped(error, counts)
+  if skipped is None:
+    log_skipped(counts, len(objects))
+  return objects
 
 
-def log_skipped(skipped: collections.Counter[str], kept: int) -> None:
+def count_skipped(
+  error: TrajectoryError, skipped: collections.Counter[str]
+) -> None:
+  """Counts a dropped row, and logs the first one of its kind."""
+  if not skipped[error.kind]:
+    logging.warning("skipped: %s", error)
+  skipped[error.kind] += 1
+
+
+def log_skipped(skipped: collections.Counter[str], remaining: int) -> None:
   """Logs how many rows were dropped, by kind."""
   if skipped:
     counts = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
     logging.warning(
-      "skipped %d rows, kept %d: %s", skipped.total(), kept, counts
+      "skipped %d rows, kept %d: %s", skipped.total(), remaining, counts
     )

@@ -95,11 +95,8 @@ def _trajectory(
   turn_rewards: tuple[float, ...] | None,
 ) -> Trajectory:
   given = fields.get("given", 0)
-  actions = [turn for turn in turns[given:] if turn.role == ASSISTANT]
-  if not actions:
+  if not _count_actions(turns, given):
     raise EmptyResponseError(place, "there is no assistant turn")
-  if not all(turn.content.strip() for turn in actions):
-    raise EmptyResponseError(place, "the response is empty")
   return Trajectory(
     turns=turns, reward=reward, turn_rewards=turn_rewards, **fields
   )
@@ -235,6 +232,10 @@ def _shared_prompt(chosen: Any, rejected: Any, place: str) -> tuple:
   if isinstance(chosen, str) != isinstance(rejected, str):
     raise MissingKeyError(
       place, '"chosen" and "rejected" must both be texts, or both messages'
+    )
+  if chosen == rejected:
+    raise MissingKeyError(
+      place, '"prompt" is missing, and the two answers are the same'
     )
   shared = 0
   for a, b in zip(chosen, rejected, strict=False):

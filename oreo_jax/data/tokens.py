@@ -82,14 +82,17 @@ def tokenize_trajectory(
   max_length: int | None = None,
 ) -> Tokenized:
   """Tokenises one trajectory; see `tokenize_trajectories`."""
-  return tokenize_trajectories(
+  sequences = tokenize_trajectories(
     [trajectory],
     tokenizer,
     granularity=granularity,
     step_ends=step_ends,
     delimiters=delimiters,
     max_length=max_length,
-  )[0]
+  )
+  if not sequences:
+    raise _no_action(trajectory)
+  return sequences[0]
 
 
 def tokenize_trajectories(
@@ -102,6 +105,7 @@ def tokenize_trajectories(
   max_length: int | None = None,
   on_error: str = "raise",
   on_long: str = "raise",
+  skipped: collections.Counter[str] | None = None,
 ) -> list[Tokenized]:
   """Tokenises trajectories with their action and decision masks.
 
@@ -125,9 +129,12 @@ def tokenize_trajectories(
     on_error: "raise", or "skip" to drop chats that the template cannot render
       and prompts that have no token or fill `max_length`, and log the counts.
     on_long: the same for a prompt that fits with a response that does not.
+    skipped: takes the number of dropped trajectories by kind, the `kind` of
+      their error in `errors`; the counts are logged in any case.
 
   Returns:
-    The sequences, in order.
+    The sequences, in order. A trajectory that was cut off before its first
+    token has nothing to train on; it is always dropped and counted.
 
   Raises:
     TemplateError: the chat template refuses or rewrites the turns.
@@ -147,13 +154,14 @@ def tokenize_trajectories(
     and all(turn.logps is not None for turn in trajectory.sampled)
     for trajectory in trajectories
   )
+  counts: collections.Counter[str] = collections.Counter()
   plans = errors.keep_good(
     trajectories,
     lambda trajectory: [make_plan(trajectory, tokenizer)],
     on_error=on_error,
+    skipped=counts,
   )
   sequences: list[Tokenized] = []
-  skipped: collections.Counter[str] = collections.Counter()
   for start in range(0, len(plans), CHUNK):
     chunk = plans[start : start + CHUNK]
     for trajectory, pieces, encoded in encode_plans(chunk, tokenizer):
@@ -167,11 +175,20 @@ def tokenize_trajectories(
         sequences.append(sequence)
         continue
       too_long = isinstance(error, errors.SequenceLengthError)
-      if (on_long if too_long else on_error) == "raise":
+      may_raise = not isinstance(error, errors.EmptyResponseError)
+      if may_raise and (on_long if too_long else on_error) == "raise":
         raise error
-      skipped[error.kind] += 1
-  errors.log_skipped(skipped, len(sequences))
+      errors.count_skipped(error, counts)
+  errors.log_skipped(counts, len(sequences))
+  if skipped is not None:
+    skipped.update(counts)
   return sequences
+
+
+def _no_action(trajectory: Trajectory) -> errors.EmptyResponseError:
+  return errors.EmptyResponseError(
+    trajectory.place, "the answer was cut off before its first token"
+  )
 
 
 def _length_error(
@@ -182,7 +199,7 @@ def _length_error(
   prompt = int(sequence.action_mask.argmax())
   place = trajectory.place
   if not sequence.action_mask.any():
-    return errors.EmptyResponseError(place, "no response token")
+    return _no_action(trajectory)
   if not prompt:
     return errors.PromptLengthError(
       place, "the prompt has no token and the tokenizer no BOS token"

@@ -172,6 +172,32 @@ def test_truncated_turn_has_no_end():
   assert sequence.rewards[-1] == 1.0
 
 
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize(
+  "template, end",
+  [
+    (CHATML, "<|im_end|>"),
+    (QWEN, "<|im_end|>"),
+    (LLAMA3, "<|eot_id|>"),
+    (LLAMA2, "  <|eos|>"),
+    (THINK, "<|im_end|>"),
+    (PLAIN, "<|eos|>"),
+  ],
+)
+def test_empty_answer_is_to_end_at_once(template, end, kind):
+  tokenizer = with_template(template, kind=kind)
+  turns = [*CHAT[:3], Turn("assistant", "")]
+  for granularity in ("step", "token"):
+    sequence = tokenize(
+      chat(turns, given=3),
+      tokenizer,
+      granularity=granularity,
+      step_ends=lambda ids: np.zeros(len(ids), bool),
+    )
+    assert actions(sequence, tokenizer) == [end]
+    assert sequence.decision_mask[-1] and sequence.rewards[-1] == 1.0
+
+
 def test_given_turns_are_context():
   tokenizer = with_template(CHATML)
   sequence = tokenize(chat(CHAT, given=3), tokenizer)

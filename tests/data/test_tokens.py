@@ -1,3 +1,6 @@
+import collections
+import logging
+
 import numpy as np
 import pytest
 import tokenizers
@@ -11,7 +14,11 @@ from oreo_jax.data import (
   tokenize_trajectories,
 )
 from oreo_jax.data import tokenize_trajectory as tokenize
-from oreo_jax.data.errors import PromptLengthError, SequenceLengthError
+from oreo_jax.data.errors import (
+  EmptyResponseError,
+  PromptLengthError,
+  SequenceLengthError,
+)
 
 BYTE = make_tokenizer("byte")
 TEXTS = [
@@ -296,6 +303,47 @@ def test_long_sequences(caplog):
     trajectories, BYTE, max_length=20, on_error="skip", on_long="skip"
   )
   assert [sequence.id for sequence in kept] == ["x"]
+  skipped = collections.Counter()
+  caplog.clear()
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    tokenize_trajectories(
+      trajectories * 2,
+      BYTE,
+      max_length=20,
+      on_error="skip",
+      on_long="skip",
+      skipped=skipped,
+    )
+  assert skipped == {"prompt length": 2, "sequence length": 2}
+  assert "skipped 4 rows, kept 2" in caplog.messages[-1]
+  # One example of each kind is shown.
+  assert sum("f.jsonl:" in message for message in caplog.messages) == 2
+
+
+@pytest.mark.parametrize("granularity", ["token", "step", "response"])
+def test_empty_answer_is_to_end_at_once(granularity):
+  sequence = tokenize(
+    Trajectory.from_text("ab", "", 0.5),
+    BYTE,
+    granularity=granularity,
+    step_ends=line_ends(BYTE),
+  )
+  assert sequence.tokens.tolist() == [256, 97, 98, 257]
+  for array in (sequence.action_mask, sequence.decision_mask):
+    assert array.tolist() == [False, False, False, True]
+  assert sequence.rewards.tolist() == [0, 0, 0, 0.5]
+
+
+def test_answer_cut_off_before_its_first_token_is_dropped_and_counted():
+  cut = Trajectory.from_text("a", "", 0.0, truncated=True, id="x", source="f:1")
+  skipped = collections.Counter(before=1)
+  sequences = tokenize_trajectories(
+    [cut, Trajectory.from_text("a", "b", 1.0), cut], BYTE, skipped=skipped
+  )
+  assert len(sequences) == 1
+  assert skipped == {"before": 1, "no action": 2}
+  with pytest.raises(EmptyResponseError, match=r"f:1.*before its first token"):
+    tokenize(cut, BYTE)
 
 
 def test_prompt_needs_a_token():

@@ -79,8 +79,7 @@ BAD = [
   (GOOD | {"reward": float("nan")}, errors.BadRewardError, "nan"),
   (GOOD | {"reward": float("inf")}, errors.BadRewardError, "inf"),
   (GOOD | {"reward": 10**400}, errors.BadRewardError, "finite number"),
-  (GOOD | {"response": ""}, errors.EmptyResponseError, "empty"),
-  (GOOD | {"response": " \n"}, errors.EmptyResponseError, "empty"),
+  (GOOD | {"response": None}, errors.MissingKeyError, '"response"'),
   ({"conversations": [], "reward": 1}, errors.EmptyResponseError, "assistant"),
   ({"conversations": "hi", "reward": 1}, errors.MissingKeyError, "list"),
   ({"conversations": ["hi"], "reward": 1}, errors.MissingKeyError, "object"),
@@ -106,6 +105,7 @@ BAD = [
     "label",
   ),
   ({"chosen": "a", "rejected": "b"}, errors.MissingKeyError, '"prompt"'),
+  ({"chosen": "a b", "rejected": "a b"}, errors.MissingKeyError, "the same"),
 ]
 
 
@@ -121,6 +121,28 @@ def test_bad_lines_name_place_and_fix(tmp_path, line, kind, message):
   assert len(text) < 500
   assert isinstance(caught.value, TrajectoryError | ValueError)
   assert len(load_trajectories(path, on_error="skip")) == 2
+
+
+@pytest.mark.parametrize("response", ["", " \n"])
+def test_blank_answers_are_failures_not_faults(tmp_path, response):
+  path = write_lines(
+    tmp_path / "t.jsonl",
+    GOOD,
+    GOOD | {"response": response, "reward": 0},
+    {
+      "conversations": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": response},
+      ],
+      "reward": 0,
+    },
+    {"prompt": "a", "completion": response, "label": False},
+  )
+  trajectories = load_trajectories(path)
+  assert [t.response for t in trajectories[1:]] == [response] * 3
+  assert sum(t.reward for t in trajectories) / len(trajectories) == 0.25
+  save_trajectories(path, trajectories)
+  assert load_trajectories(path) == trajectories
 
 
 def test_skipped_lines_are_counted_and_logged(tmp_path, caplog):
@@ -210,9 +232,9 @@ def test_parquet_arrow_and_datasets(tmp_path):
   with pytest.raises(ValueError, match=r"splits/train"):
     load_trajectories(tmp_path / "splits")
   assert load_trajectories(tmp_path / "splits" / "train") == expected
-  bad = datasets.Dataset.from_list(rows + [GOOD | {"response": ""}])
+  bad = datasets.Dataset.from_list(rows + [GOOD | {"response": None}])
   bad.to_parquet(str(tmp_path / "bad.parquet"))
-  with pytest.raises(errors.EmptyResponseError, match=r"bad\.parquet:6: "):
+  with pytest.raises(errors.MissingKeyError, match=r"bad\.parquet:6: "):
     load_trajectories(tmp_path / "bad.parquet")
 
 
