@@ -52,9 +52,9 @@ def random_batch(rng):
 
 def time_training(config, objective, rng):
   """Times a train step; tokens are slots of the batch."""
-  setup = train.make_setup(config, objective, num_steps=100)
+  setup = train.make_setup(config, train.OBJECTIVES[objective], num_steps=100)
   mesh = sharding.make_mesh(config.mesh)
-  ref = models.init(jax.random.key(0), setup.policy)
+  ref = models.init(jax.random.key(0), setup.model)
   state = train.init_state(jax.random.key(1), setup, ref)
   state = jax.device_put(state, train.state_shardings(setup, state, mesh))
   step = train.make_train_step(setup, state, mesh)

@@ -24,8 +24,9 @@ from oreo_jax.sharding import (
   replicated,
   shard_whole_batch,
 )
-from oreo_jax.train.objectives import forward
-from oreo_jax.train.state import Setup, TrainState
+from oreo_jax.train.forward import forward
+from oreo_jax.train.setup import Setup
+from oreo_jax.train.state import TrainState
 
 TENTHS = np.arange(1, 11) / 10
 

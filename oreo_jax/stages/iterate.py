@@ -288,7 +288,7 @@ def _continue_critic(branch: Branch) -> None:
     if checkpoints.latest_step() is not None:
       return None
     roles, _ = origin.workspace.load_model(origin.stage)
-    setup = train.make_setup(config, objective, num_steps=1)
+    setup = train.make_setup(config, OBJECTIVES[objective], num_steps=1)
 
     def fresh(base, critic):
       key = jax.random.key(config.seed)

@@ -175,7 +175,9 @@ def _train(
     on_long=config.data.on_long,
   )
   steps = min(loader.num_steps, stage.max_steps or loader.num_steps)
-  setup = train.make_setup(config, objective, steps, loader.max_segments)
+  setup = train.make_setup(
+    config, OBJECTIVES[objective], steps, loader.max_segments
+  )
   logging.info(
     "%s: %d sequences, %d steps of %d rows, rows %.0f%% full",
     objective,
@@ -185,7 +187,7 @@ def _train(
     100 * loader.fill(),
   )
   measure = None
-  if held_out and setup.critic is not None:
+  if held_out and setup.objective.needs_critic:
     measure = held_out_values(held_out, setup, workspace.config, workspace.mesh)
   state = train.fit(
     base,

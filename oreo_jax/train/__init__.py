@@ -1,26 +1,26 @@
 """Training: state, one pure step, and the loop around it."""
 
 from oreo_jax.train.loop import DivergedError, PreemptedError, fit
-from oreo_jax.train.state import (
-  Setup,
-  TrainState,
-  full_configs,
-  full_params,
-  init_state,
-  make_setup,
-  plain_models,
-  state_shardings,
-)
+from oreo_jax.train.objective import Method, Objective
+from oreo_jax.train.objectives import METHODS, OBJECTIVES, get_objective
+from oreo_jax.train.roles import full_configs, full_params, plain_models
+from oreo_jax.train.setup import Setup, make_setup
+from oreo_jax.train.state import TrainState, init_state, state_shardings
 from oreo_jax.train.step import make_train_step, train_step
 
 __all__ = [
+  "METHODS",
+  "OBJECTIVES",
   "DivergedError",
+  "Method",
+  "Objective",
   "PreemptedError",
   "Setup",
   "TrainState",
   "fit",
   "full_configs",
   "full_params",
+  "get_objective",
   "init_state",
   "make_setup",
   "make_train_step",

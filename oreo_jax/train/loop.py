@@ -22,13 +22,9 @@ from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.sharding import shard_batch
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
-from oreo_jax.train.objectives import OBJECTIVES
-from oreo_jax.train.state import (
-  Setup,
-  TrainState,
-  init_state,
-  state_shardings,
-)
+from oreo_jax.train.roles import needs_base
+from oreo_jax.train.setup import Setup
+from oreo_jax.train.state import TrainState, init_state, state_shardings
 from oreo_jax.train.step import make_train_step
 
 
@@ -101,9 +97,7 @@ def fit(
 
   # --- Step: compiled once, the state donated, the reference not.
   step_fn = make_train_step(setup, abstract, mesh)
-  objective = OBJECTIVES[setup.objective]
-  needed = objective.needs_reference or setup.builds_on_base
-  ref = base if needed else None
+  ref = base if needs_base(setup) else None
 
   # --- Loop.
   with (
@@ -117,7 +111,7 @@ def fit(
     clock = time.perf_counter()
     logged = done
     for step in range(done, setup.num_steps):
-      batch = objective.batch(loader, step)
+      batch = setup.objective.batch(loader, step)
       state, metrics = step_fn(state, ref, shard_batch(batch, mesh))
       done = step + 1
       last = done == setup.num_steps

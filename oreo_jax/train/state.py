@@ -1,6 +1,5 @@
 """What a training stage carries from step to step, and how it is sharded."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -9,128 +8,26 @@ import optax
 from jax.sharding import Mesh
 
 from oreo_jax import models
-from oreo_jax.config import Config, ModelConfig, StageConfig, TrainConfig
 from oreo_jax.models import Params
 from oreo_jax.sharding import replicated, shardings_of
-from oreo_jax.train.optim import (
-  make_alpha_optimizer,
-  make_critic_optimizer,
-  make_optimizer,
-  make_schedule,
+from oreo_jax.train.roles import (
+  ROLES,
+  first_weights,
+  optimizers,
+  roles_of,
 )
+from oreo_jax.train.setup import Setup
 
 
 class TrainState(NamedTuple):
   """All that changes during training; donated to every step."""
 
   step: jax.Array  # i32[], updates done
-  # What is trained: by objective "policy", "critic" and "log_alpha". With
-  # adapters a tree holds the adapters alone; `full_params` adds the base.
+  # What gradients move, by role. With adapters a tree holds the adapters
+  # alone; `full_params` adds what lies beneath them.
   params: dict[str, Any]
   opt_state: dict[str, Any]  # of each tree of `params`
-  ema: Params | None  # running mean of the policy, when ema_decay > 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """What is fixed during a stage; closed over by the jitted step."""
-
-  objective: str  # a key of objectives.OBJECTIVES
-  stage: StageConfig  # batches and optimiser; a TrainConfig beyond SFT
-  policy: ModelConfig
-  critic: ModelConfig | None  # None: no value network
-  critic_kind: str  # separate | lora | shared
-  num_steps: int  # of the whole stage: the schedules' length
-  max_segments: int = 0  # most sequences of a row; 0: not known
-
-  @property
-  def trains_policy(self) -> bool:
-    """Whether the policy is trained; if not, it is the base itself."""
-    return self.objective != "value"
-
-  @property
-  def builds_on_base(self) -> bool:
-    """Whether a network of the stage is the frozen base and a little more."""
-    if self.critic is not None and self.critic_kind != "separate":
-      if self.critic_kind == "lora" or not self.trains_policy:
-        return True
-    return bool(self.policy.lora_rank)
-
-  @property
-  def train(self) -> TrainConfig:
-    """The settings of the objectives beyond SFT."""
-    if not isinstance(self.stage, TrainConfig):
-      raise ValueError(f"objective {self.objective!r} needs config.train")
-    return self.stage
-
-  def optimizers(self) -> dict[str, optax.GradientTransformation]:
-    """Returns the optimiser of each tree of `TrainState.params`."""
-    stage, steps = self.stage, self.num_steps
-    found = {}
-    if self.trains_policy:
-      moving = steps - self.frozen_steps
-      found["policy"] = make_optimizer(stage, stage.lr, moving)
-    if self.critic is not None:
-      found["critic"] = make_critic_optimizer(self.train, steps)
-    if self.learns_alpha:
-      found["log_alpha"] = make_alpha_optimizer(self.train.alpha_lr)
-    return found
-
-  @property
-  def frozen_steps(self) -> int:
-    """Steps at the start in which only the value network moves."""
-    if self.critic is None or not self.trains_policy:
-      return 0
-    return round(self.train.critic_warmup * self.num_steps)
-
-  @property
-  def learns_alpha(self) -> bool:
-    """Whether alpha follows a KL target."""
-    return self.objective == "oreo" and self.train.kl_target > 0
-
-  def learning_rates(self, step: jax.Array) -> dict[str, jax.Array]:
-    """Returns the rates in force at `step`, for the records."""
-    stage, steps = self.stage, self.num_steps
-    rates = {}
-    if self.trains_policy:
-      # Its schedule, warm-up included, starts when it starts to move.
-      frozen = self.frozen_steps
-      rate = make_schedule(stage, stage.lr, steps - frozen)(step - frozen)
-      rates["lr/policy"] = jnp.where(step < frozen, 0.0, rate)
-    if self.critic is not None:
-      critic = make_schedule(stage, self.train.critic_lr, steps)
-      rates["lr/critic"] = critic(step)
-    return {k: jnp.asarray(v, jnp.float32) for k, v in rates.items()}
-
-
-def make_setup(
-  config: Config, objective: str, num_steps: int, max_segments: int = 0
-) -> Setup:
-  """Reads from the config what a stage with this objective needs."""
-  stage = config.sft if objective == "sft" else config.train
-  adapters = {
-    "lora_rank": config.lora.rank,
-    "lora_alpha": config.lora.alpha,
-    "lora_targets": config.lora.targets,
-    "lora_layers": config.lora.last_layers,
-  }
-  policy = config.model
-  if config.lora.policy and objective != "value":
-    policy = dataclasses.replace(policy, **adapters)
-  critic = None
-  if objective in ("oreo", "value", "dqo"):
-    critic = config.model
-    if config.critic.kind == "lora":
-      critic = dataclasses.replace(critic, **adapters)
-  return Setup(
-    objective,
-    stage,
-    policy,
-    critic,
-    config.critic.kind,
-    num_steps,
-    max_segments,
-  )
+  averages: dict[str, Params]  # running means, by role; mostly empty
 
 
 def init_state(
@@ -149,33 +46,23 @@ def init_state(
   Returns:
     A TrainState; `full_params(state.params, base, setup)` gives whole models.
   """
-  policy_key, critic_key = jax.random.split(key)
-  params = {}
-  if setup.policy.lora_rank:
-    params["policy"] = _fresh_adapters(policy_key, base, setup.policy)
-  elif setup.trains_policy:
-    params["policy"] = jax.tree.map(jnp.copy, base)
-  if setup.critic is not None:
-    if critic is not None:
-      params["critic"] = jax.tree.map(jnp.copy, critic)
-    elif setup.critic_kind == "separate":
-      params["critic"] = models.value_params(base, setup.critic)
-    elif setup.critic_kind == "lora":
-      adapters = _fresh_adapters(critic_key, base, setup.critic)
-      params["critic"] = {**adapters, "value_head": _zero_head(setup.critic)}
-    else:
-      params["critic"] = {"value_head": _zero_head(setup.critic)}
-  if setup.learns_alpha:
-    params["log_alpha"] = jnp.log(jnp.float32(setup.train.alpha))
-  optimizers = setup.optimizers()
-  ema = None
-  if setup.objective == "oreo" and setup.train.ema_decay:
-    ema = jax.tree.map(jnp.copy, params["policy"])
+  given = {} if critic is None else {"critic": critic}
+  keys = dict(zip(ROLES, jax.random.split(key, len(ROLES)), strict=True))
+  trained = optimizers(setup)
+  params: dict[str, Any] = {}
+  averages: dict[str, Params] = {}
+  for role in roles_of(setup):
+    if role.average_of:
+      averages[role.name] = jax.tree.map(jnp.copy, params[role.average_of])
+    elif role.name in given:
+      params[role.name] = jax.tree.map(jnp.copy, given[role.name])
+    elif role.name in trained:
+      params[role.name] = first_weights(role, keys[role.name], setup, base)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state={k: optimizers[k].init(params[k]) for k in params},
-    ema=ema,
+    opt_state={name: trained[name].init(params[name]) for name in params},
+    averages=averages,
   )
 
 
@@ -184,93 +71,35 @@ def state_shardings(setup: Setup, state: TrainState, mesh: Mesh) -> TrainState:
 
   Moments lie as their weights do; counters are on every device.
   """
-  axes = {"policy": models.logical_axes(setup.policy)}
-  if setup.critic is not None:
-    axes["critic"] = models.logical_axes(setup.critic, head="value")
-  whole = replicated(mesh)
-  params = {
-    name: shardings_of(_like(tree, axes[name]), tree, mesh)
-    if name in axes
-    else whole
-    for name, tree in state.params.items()
-  }
-  optimizers = setup.optimizers()
+  everywhere = replicated(mesh)
+
+  def sharding_of(name: str, tree: Any) -> Any:
+    role = ROLES[name]
+    if not role.head:
+      return everywhere
+    axes = models.logical_axes(role.config(setup), head=role.head)
+    return shardings_of(_select_like(tree, axes), tree, mesh)
+
+  params = {name: sharding_of(name, t) for name, t in state.params.items()}
   opt_state = {
     name: optax.tree.map_params(
-      optimizers[name],
+      optimizer,
       lambda _, sharding: sharding,
       state.opt_state[name],
       params[name],
-      transform_non_params=lambda _: whole,
+      transform_non_params=lambda _: everywhere,
     )
-    for name in state.params
+    for name, optimizer in optimizers(setup).items()
   }
-  ema = None if state.ema is None else params["policy"]
-  return TrainState(whole, params, opt_state, ema)
+  averages = {name: sharding_of(name, t) for name, t in state.averages.items()}
+  return TrainState(everywhere, params, opt_state, averages)
 
 
-def full_params(
-  params: dict[str, Any], base: Params | None, setup: Setup
-) -> dict[str, Params]:
-  """Returns the whole models, with the frozen base under the adapters.
-
-  Args:
-    params: `TrainState.params`.
-    base: the reference; read only where `setup.builds_on_base`, and shared,
-      never copied.
-    setup: the stage's fixed part.
-
-  Returns:
-    {"policy": params} if the policy is trained, and {"critic": params} if
-    there is a value network.
-  """
-  policy, full = base, {}
-  if setup.trains_policy:
-    policy = params["policy"]
-    if setup.policy.lora_rank:
-      policy = models.join_adapters(base, policy)
-    full["policy"] = policy
-  if setup.critic is None:
-    return full
-  critic = params["critic"]
-  if setup.critic_kind != "separate":
-    trunk = base if setup.critic_kind == "lora" else policy
-    critic = models.join_adapters(trunk, critic)
-  return {**full, "critic": critic}
-
-
-def full_configs(setup: Setup) -> dict[str, ModelConfig]:
-  """Returns the architectures of `full_params`, adapters included."""
-  configs = {"policy": setup.policy, "critic": setup.policy}
-  if setup.critic is not None and setup.critic_kind == "lora":
-    configs["critic"] = setup.critic
-  return configs
-
-
-def plain_models(
-  full: dict[str, Params], setup: Setup
-) -> tuple[dict[str, Params], ModelConfig]:
-  """Returns the models of `full_params` with adapters merged, to be saved."""
-  adapted = full_configs(setup)
-  plain = {}
-  for role, params in full.items():
-    plain[role], config = models.merge_adapters(params, adapted[role])
-  return plain, config
-
-
-def _fresh_adapters(
-  key: jax.Array, base: Params, config: ModelConfig
-) -> Params:
-  return models.split_adapters(models.add_adapters(key, base, config))[1]
-
-
-def _zero_head(config: ModelConfig) -> jax.Array:
-  return jnp.zeros((config.embed_dim, 1), jnp.float32)
-
-
-def _like(tree: Params, axes: Params) -> Params:
+def _select_like(tree: Params, axes: Params) -> Params:
   """Picks from `axes` the leaves that `tree` has."""
   return {
-    key: _like(value, axes[key]) if isinstance(value, dict) else axes[key]
+    key: _select_like(value, axes[key])
+    if isinstance(value, dict)
+    else axes[key]
     for key, value in tree.items()
   }

@@ -24,10 +24,11 @@ from oreo_jax.sharding import (
   micro_batches,
   replicated,
 )
-from oreo_jax.train.objectives import OBJECTIVES, forward
-from oreo_jax.train.state import Setup, TrainState, state_shardings
-
-Metrics = dict[str, jax.Array]
+from oreo_jax.train.forward import forward
+from oreo_jax.train.objective import Metrics
+from oreo_jax.train.roles import ROLES, learning_rates, optimizers
+from oreo_jax.train.setup import Setup
+from oreo_jax.train.state import TrainState, state_shardings
 
 
 def train_step(
@@ -48,14 +49,16 @@ def train_step(
     gradients and metrics are those of the whole batch, however it is divided
     into micro-batches or over devices.
   """
-  objective = OBJECTIVES[setup.objective]
+  objective = setup.objective
   # What sums and means over the whole batch are divided by.
-  rows, whole = objective.whole(state.params, ref, batch, setup)
+  rows, totals = objective.prepare(state.params, ref, batch, setup)
   action_tokens = jnp.maximum(jnp.sum(rows.action_mask, dtype=jnp.float32), 1.0)
 
-  def loss_of(params, micro):
-    out = forward(params, state.ema, ref, micro, setup)
-    loss, metrics = objective.loss(params, out, micro, whole, setup)
+  def loss_of(
+    params: dict[str, Any], micro: Batch
+  ) -> tuple[jax.Array, Metrics]:
+    out = forward(params, state.averages, ref, micro, setup)
+    loss, metrics = objective.loss(params, out, micro, totals, setup)
     if out.tokens is not None:
       entropy = jnp.sum(jnp.where(micro.action_mask, out.tokens.entropy, 0.0))
       metrics = metrics | {"policy/entropy": entropy / action_tokens}
@@ -65,18 +68,20 @@ def train_step(
   (loss, metrics), grads = _accumulate(
     gradient, state.params, rows, setup.stage.grad_accum
   )
-  if setup.learns_alpha:
+  if "log_alpha" in state.params:
     grads["log_alpha"] = jax.grad(losses.alpha_loss)(
       state.params["log_alpha"], metrics["policy/kl"], setup.train.kl_target
     )
     metrics["policy/alpha"] = jnp.exp(state.params["log_alpha"])
   state, norms = _update(state, grads, setup)
   metrics = losses.summarize_metrics(metrics)
-  metrics = metrics | norms | setup.learning_rates(state.step - 1)
+  metrics = metrics | norms | learning_rates(setup, state.step - 1)
   return state, {"loss": loss, **metrics}
 
 
-def _accumulate(gradient: Callable, params: Any, batch: Batch, parts: int):
+def _accumulate(
+  gradient: Callable[..., Any], params: dict[str, Any], batch: Batch, parts: int
+) -> Any:
   """Adds up losses, metrics and gradients over micro-batches."""
   if parts == 1:
     return gradient(params, batch)
@@ -94,25 +99,29 @@ def _accumulate(gradient: Callable, params: Any, batch: Batch, parts: int):
   return total
 
 
-def _update(state: TrainState, grads: dict[str, Any], setup: Setup):
-  """Applies one optimiser a network."""
+def _update(
+  state: TrainState, grads: dict[str, Any], setup: Setup
+) -> tuple[TrainState, Metrics]:
+  """Applies one optimiser a role; returns the norms of the gradients too."""
   params, opt_state, norms = {}, {}, {}
-  for name, optimizer in setup.optimizers().items():
+  for name, optimizer in optimizers(setup).items():
     old = state.params[name], state.opt_state[name]
     updates, moments = optimizer.update(grads[name], old[1], old[0])
     new = optax.apply_updates(old[0], updates), moments
-    if name != "critic" and setup.frozen_steps:
-      # Not by a gradient of zero: the moments would move it. A learned alpha
-      # waits too, or it would chase the target of a KL that stays zero.
+    if ROLES[name].waits and setup.frozen_steps:
+      # Keep the old values: a zero gradient would still let Adam's moments
+      # move them.
       keep = functools.partial(jnp.where, state.step < setup.frozen_steps)
       new = jax.tree.map(keep, old, new)
     params[name], opt_state[name] = new
     norms[f"grad_norm/{name}"] = optax.tree.norm(grads[name])
-  ema = state.ema
-  if ema is not None:
-    decay = setup.train.ema_decay
-    ema = optax.incremental_update(params["policy"], ema, 1.0 - decay)
-  return TrainState(state.step + 1, params, opt_state, ema), norms
+  averages = {
+    name: optax.incremental_update(
+      params[ROLES[name].average_of], mean, 1.0 - setup.train.ema_decay
+    )
+    for name, mean in state.averages.items()
+  }
+  return TrainState(state.step + 1, params, opt_state, averages), norms
 
 
 def make_train_step(

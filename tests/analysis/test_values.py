@@ -15,7 +15,7 @@ from oreo_jax.analysis.values import (
 )
 from oreo_jax.config import Config, DataConfig, TrainConfig
 from oreo_jax.data import make_loader
-from oreo_jax.train import init_state, make_setup
+from oreo_jax.train import OBJECTIVES, init_state, make_setup
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,7 +84,7 @@ def test_held_out_values_are_those_before_the_last_token():
     data=DataConfig(row_length=16),
     train=TrainConfig(batch_size=4),
   )
-  setup = make_setup(config, "oreo", 1)
+  setup = make_setup(config, OBJECTIVES["oreo"], 1)
   base = tiny.draw_params()
   critic = tiny.draw_params(head="value", seed=2)
   state = init_state(jax.random.key(0), setup, base, critic)

@@ -24,7 +24,7 @@ from oreo_jax.config import (
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
 from oreo_jax.stages import evaluate, heldout, pipeline
 from oreo_jax.stages.workspace import Workspace
-from oreo_jax.train import full_params, init_state, make_setup
+from oreo_jax.train import OBJECTIVES, full_params, init_state, make_setup
 
 TEMPLATE = (
   "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|turn|>\n"
@@ -165,7 +165,7 @@ def test_value_objective_trains_adapters_on_one_copy_of_the_base(checkpoint):
   base, model = models.load_hf(checkpoint)
   config = make_config(checkpoint, "")
   config.model = model
-  setup = make_setup(config, "value", 8)
+  setup = make_setup(config, OBJECTIVES["value"], 8)
   state = init_state(jax.random.key(0), setup, base)
   full = full_params(state.params, base, setup)
   assert set(state.params) == set(state.opt_state) == {"critic"}

@@ -13,7 +13,13 @@ from oracles import tiny
 
 from oreo_jax.config import Config, SftConfig
 from oreo_jax.data import make_loader
-from oreo_jax.train import DivergedError, PreemptedError, fit, make_setup
+from oreo_jax.train import (
+  OBJECTIVES,
+  DivergedError,
+  PreemptedError,
+  fit,
+  make_setup,
+)
 from oreo_jax.train.checkpoint import Checkpoints
 
 STEPS = 6
@@ -36,7 +42,7 @@ def setup_of(**changes):
   }
   config = Config(model=tiny.MODEL, sft=SftConfig(**stage))
   config.validate()
-  return make_setup(config, "sft", STEPS)
+  return make_setup(config, OBJECTIVES["sft"], STEPS)
 
 
 class Steps:

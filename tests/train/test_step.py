@@ -20,6 +20,7 @@ from oreo_jax.config import (
 from oreo_jax.data import make_loader
 from oreo_jax.sharding import shard_batch
 from oreo_jax.train import (
+  OBJECTIVES,
   full_params,
   init_state,
   make_setup,
@@ -28,7 +29,8 @@ from oreo_jax.train import (
   state_shardings,
   train_step,
 )
-from oreo_jax.train.objectives import OBJECTIVES, forward
+from oreo_jax.train.forward import forward
+from oreo_jax.train.roles import learning_rates, needs_base
 
 # A large epsilon makes Adam's step smooth in the gradient, so that equal
 # parameters mean equal gradients; clipping stays out of it.
@@ -50,7 +52,7 @@ def make(objective, *, policy_lora=False, critic="separate", **changes):
     stage = {"critic_lr": 0.1, "beta": 0.3, "alpha": 0.1, **stage}
     config.train = TrainConfig(objective=objective, **stage)
   config.validate()
-  return make_setup(config, objective, 8, max_segments=8)
+  return make_setup(config, OBJECTIVES[objective], 8, max_segments=8)
 
 
 @functools.cache
@@ -71,9 +73,7 @@ def base():
 
 
 def reference(setup, params):
-  adapted = setup.policy.lora_rank or setup.critic_kind == "lora"
-  needed = OBJECTIVES[setup.objective].needs_reference
-  return params if needed or adapted else None
+  return params if needs_base(setup) else None
 
 
 def at_reference(setup, mesh):
@@ -297,22 +297,24 @@ def test_critic_warms_up_with_the_policy_frozen():
 def test_schedules_end_with_the_stage():
   # Of 8 steps the policy moves in 6: its cosine ends at the same step.
   changes = {"schedule": "cosine", "critic_warmup": 0.25}
-  rates = make("oreo", **changes).learning_rates
-  found = [rates(jnp.int32(step)) for step in range(9)]
+  setup = make("oreo", **changes)
+  rates = [learning_rates(setup, jnp.int32(step)) for step in range(9)]
   part = np.clip((np.arange(9) - 2) / 6, 0, 1)
   want = np.where(np.arange(9) < 2, 0, 0.1 * (1 + np.cos(np.pi * part)) / 2)
-  np.testing.assert_allclose([r["lr/policy"] for r in found], want, atol=1e-7)
-  assert found[0]["lr/critic"] == np.float32(0.1)
-  assert found[8]["lr/critic"] < 1e-7
+  np.testing.assert_allclose([r["lr/policy"] for r in rates], want, atol=1e-7)
+  assert rates[0]["lr/critic"] == np.float32(0.1)
+  assert rates[8]["lr/critic"] < 1e-7
 
 
 def test_ema_follows_the_policy():
   states, _ = host_states(LEARNS, 4, start)
   for old, new in zip(states[:-1], states[1:], strict=True):
     want = jax.tree.map(
-      lambda e, p: 0.9 * e + 0.1 * p, old.ema, new.params["policy"]
+      lambda e, p: 0.9 * e + 0.1 * p,
+      old.averages["target"],
+      new.params["policy"],
     )
-    tiny.assert_trees_close(new.ema, want, rtol=1e-6, atol=1e-7)
+    tiny.assert_trees_close(new.averages["target"], want, rtol=1e-6, atol=1e-7)
 
 
 def test_learned_alpha_moves_towards_the_target():

@@ -1,0 +1,89 @@
+"""What the networks of a stage say of a batch."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from oreo_jax import losses, models
+from oreo_jax.config import ModelConfig
+from oreo_jax.data.packing import Batch
+from oreo_jax.models import Params
+from oreo_jax.train.roles import ROLES, full_configs, full_params
+from oreo_jax.train.setup import Setup
+
+
+class Forward(NamedTuple):
+  """What the networks say of a batch; all [B, T], f32."""
+
+  tokens: losses.TokenLogprobs | None  # None where the policy is not trained
+  values: jax.Array | None
+  target_logps: jax.Array | None  # of the averaged policy
+
+
+def forward(
+  params: Mapping[str, Any],
+  averages: Mapping[str, Params] | None,
+  ref: Params | None,
+  batch: Batch,
+  setup: Setup,
+) -> Forward:
+  """Runs policy, value network, reference and average over a packed batch.
+
+  Args:
+    params: `TrainState.params`.
+    averages: `TrainState.averages`; without them nothing is said of the
+      averaged policy.
+    ref: the frozen base, if `needs_base(setup)`.
+    batch: packed rows [B, T].
+    setup: the stage's fixed part.
+  """
+  networks = full_params({**params, **(averages or {})}, ref, setup)
+  configs = full_configs(setup)
+
+  def hidden(weights: Params, config: ModelConfig) -> jax.Array:
+    return models.apply(
+      weights,
+      batch.tokens,
+      config,
+      positions=batch.positions,
+      segment_ids=batch.segment_ids,
+    ).hidden
+
+  def logprobs(name: str, trunk: jax.Array, **options: Any):
+    config = configs[name]
+    return losses.token_logprobs(
+      trunk,
+      models.head_matrix(networks[name], config),
+      batch.targets,
+      chunk_size=setup.stage.loss_chunk,
+      logit_scale=config.logit_scale,
+      **options,
+    )
+
+  # A policy that is not trained is the reference, and its log-ratio is 0:
+  # nothing of it has to be run.
+  tokens = policy_hidden = None
+  if "policy" in networks:
+    reference: dict[str, Any] = {}
+    if "reference" in configs:
+      reference["ref_hidden"] = hidden(ref, configs["reference"])
+      reference["ref_head"] = models.head_matrix(ref, configs["reference"])
+      if setup.train.kl != "k3":
+        reference["kl_direction"] = setup.train.kl
+    policy_hidden = hidden(networks["policy"], configs["policy"])
+    tokens = logprobs("policy", policy_hidden, **reference)
+
+  values = None
+  if "critic" in networks:
+    critic = networks["critic"]
+    # A head on the policy's trunk reads what the policy has computed already.
+    shared = ROLES["critic"].trunk(setup) == "policy"
+    trunk = policy_hidden if shared else hidden(critic, configs["critic"])
+    values = models.values(critic, trunk)
+
+  target_logps = None
+  if "target" in networks:
+    trunk = hidden(networks["target"], configs["target"])
+    target_logps = logprobs("target", trunk).logps
+  return Forward(tokens, values, target_logps)

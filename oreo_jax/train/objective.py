@@ -1,0 +1,135 @@
+"""What an objective is: the class whose instances `objectives` lists.
+
+A training stage holds its `Objective` and asks it for everything that differs
+between OREO and the baselines: the loss, the networks, the data.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from oreo_jax.config import Config, MethodConfig, StageConfig
+from oreo_jax.data.loader import Loader
+from oreo_jax.data.packing import Batch
+
+Metrics = dict[str, jax.Array]
+
+
+class Rows(NamedTuple):
+  """A batch that is ready to be divided into micro-batches."""
+
+  batch: Batch
+  # What the loss of a micro-batch has to know of the whole batch: the numbers
+  # that its sums are divided by, for one. The objective alone looks inside.
+  totals: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A row of the table of `oreo compare`: an objective with its settings.
+
+  Attributes:
+    name: of its folder, and of its section in `config.compare`.
+    label: its name in tables and plots.
+    colour: its colour in plots, a key of `report.style.COLOURS`.
+    settings: what the method has of its own, by default.
+  """
+
+  name: str
+  label: str
+  colour: str
+  settings: MethodConfig
+
+
+def batch_of_step(loader: Loader, step: int) -> Batch:
+  """Returns the batch as the loader packs it."""
+  return loader.batch(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A loss, the roles it trains and reads, and how its data is made.
+
+  Attributes:
+    name: what `config.train.objective` says to get it.
+    label: its name in tables and plots.
+    trains: roles of `roles.ROLES` whose weights the loss moves.
+    loss: (params, outputs, batch, totals, setup) -> (loss, metrics) of a
+      micro-batch; those of all micro-batches add up to the whole batch's.
+    prepare: (params, reference, batch, setup) -> `Rows`; sees the whole batch.
+    sequences: (trajectories, tokenize, config) -> what the loader packs.
+    reads: further roles whose outputs the loss reads.
+    batch: (loader, step) -> what a step gets; its leaves are split by rows.
+    group_size: answers that must share a row, side by side.
+    section: of the config, where its batches and its optimiser are set.
+    methods: its rows in the table of `oreo compare`.
+  """
+
+  name: str
+  label: str
+  trains: tuple[str, ...]
+  loss: Callable[..., tuple[jax.Array, Metrics]]
+  prepare: Callable[..., Rows]
+  sequences: Callable[..., Sequence[Any]]
+  reads: tuple[str, ...] = ()
+  batch: Callable[[Loader, int], Any] = batch_of_step
+  group_size: int = 1
+  section: str = "train"
+  methods: tuple[Method, ...] = ()
+
+  @property
+  def trains_policy(self) -> bool:
+    """Whether the policy is trained; if not, it is the base itself."""
+    return "policy" in self.trains
+
+  @property
+  def needs_critic(self) -> bool:
+    """Whether there is a value network."""
+    return "critic" in self.trains
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the frozen reference is run."""
+    return "reference" in self.reads
+
+  def stage(self, config: Config) -> StageConfig:
+    """Returns the section with its batches and its optimiser."""
+    return getattr(config, self.section)
+
+  def fit_rows(self, config: Config) -> Config:
+    """Makes room for a group of answers in every row.
+
+    Rows become `group_size` times as long and as many times fewer, so that a
+    batch holds as many tokens as before. A single answer may be as long as it
+    could be, and no longer.
+
+    Args:
+      config: with rows sized for one answer each; apply this once.
+
+    Returns:
+      The config for a stage with this objective; the same if answers stand
+      alone.
+    """
+    size = self.group_size
+    if size == 1:
+      return config
+    data, stage = config.data, self.stage(config)
+    batch_size = max(stage.batch_size // size, 1)
+    return dataclasses.replace(
+      config,
+      data=dataclasses.replace(
+        data,
+        row_length=size * data.row_length,
+        max_length=data.max_length or data.row_length + 1,
+      ),
+      **{
+        self.section: dataclasses.replace(
+          stage,
+          batch_size=batch_size,
+          grad_accum=math.gcd(batch_size, stage.grad_accum),
+        )
+      },
+    )
