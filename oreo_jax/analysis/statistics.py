@@ -75,18 +75,19 @@ def wilson_interval(
 def calibration_bins(
   predicted: np.ndarray, observed: np.ndarray, *, bins: int = 10
 ) -> CalibrationBins:
-  """Mean outcome against mean prediction in bins of equal width over [0, 1].
+  """Mean outcome against mean prediction in bins of equal width.
 
-  A value is a regression target, not a probability: one outside [0, 1] counts
-  in the first or last bin, with the mean prediction as it is.
+  The bins divide the range of the predictions, wherever it lies: a value is a
+  regression target, which need not stay inside that of the rewards.
 
   Args:
     predicted: f[n] predictions.
     observed: f[n] (or bool) outcomes or success rates.
-    bins: Number of bins, at least 1.
+    bins: number of bins, at least 1.
 
   Returns:
-    `CalibrationBins` of the bins that are not empty.
+    `CalibrationBins` of the bins that are not empty; one bin when all
+    predictions are equal.
 
   Raises:
     ValueError: If the shapes differ or `bins` is below 1.
@@ -98,12 +99,16 @@ def calibration_bins(
       "expected predicted and observed of one shape [n] and bins >= 1, got "
       f"{predicted.shape}, {observed.shape} and bins={bins}"
     )
-  index = np.clip((predicted * bins).astype(np.int64), 0, bins - 1)
+  if not predicted.size:
+    return CalibrationBins(predicted, observed, np.zeros(0, np.int64))
+  edges = np.linspace(predicted.min(), predicted.max(), bins + 1)
+  # Inner edges alone: the largest prediction belongs to the last bin.
+  index = np.searchsorted(edges[1:-1], predicted, side="right")
   count = np.bincount(index, minlength=bins)
-  kept = count > 0
-  mean_predicted = np.bincount(index, predicted, bins)[kept] / count[kept]
-  mean_observed = np.bincount(index, observed, bins)[kept] / count[kept]
-  return CalibrationBins(mean_predicted, mean_observed, count[kept])
+  filled = count > 0
+  mean_predicted = np.bincount(index, predicted, bins)[filled] / count[filled]
+  mean_observed = np.bincount(index, observed, bins)[filled] / count[filled]
+  return CalibrationBins(mean_predicted, mean_observed, count[filled])
 
 
 def paired_test(

@@ -128,26 +128,37 @@ def analyse(
   problems: Sequence[str],
   *,
   seed: int = 0,
+  reward_scale: float = 1.0,
+  reward_offset: float = 0.0,
 ) -> dict[str, Any]:
   """Describes values along graded answers, at every tenth of their length.
+
+  A value learns `reward_scale * reward + reward_offset`. Means, histograms and
+  calibration undo this and are in units of the rewards.
 
   Args:
     along: f32[R, S], V after 0, 1, ... tokens of each answer.
     states: i32[R], index of the last state that counts.
-    rewards: f32[R], 0 or 1.
+    rewards: f32[R], as graded; above 1/2 is right.
     problems: the problem of each answer.
     seed: of the bootstrap.
+    reward_scale: factor with which the value was trained.
+    reward_offset: offset with which the value was trained.
 
   Returns:
     The `values` part of results.json.
   """
   labels = rewards > 0.5
   columns = np.rint(states[:, None] * TENTHS[None]).astype(int)
-  values = np.take_along_axis(along, columns, axis=1)  # [R, 10]
+  trained = np.take_along_axis(along, columns, axis=1)  # [R, 10]
+  # Ranks do not change with the scale, and so the AUC is of the values as they
+  # were trained: rounding could make ties of them.
   within = [
-    within_problem_auc(values[:, i], labels, problems, seed=seed)
-    for i in range(len(TENTHS))
+    within_problem_auc(column, labels, problems, seed=seed)
+    for column in trained.T
   ]
+  pooled = [pooled_auc(column, labels) for column in trained.T]
+  values = (trained - reward_offset) / reward_scale
   edges = np.linspace(
     min(0.0, float(values.min())), max(1.0, float(values.max())), 31
   )
@@ -155,14 +166,14 @@ def analyse(
   def counts(rows):
     return [np.histogram(column, edges)[0].tolist() for column in rows.T]
 
-  bins = calibration_bins(values[:, -1], labels, bins=10)
+  bins = calibration_bins(values[:, -1], rewards, bins=10)
   return {
     "answers": len(labels),
     "tenths": TENTHS.tolist(),
-    "within_problem_auc": [found.auc for found in within],
-    "within_problem_auc_interval": [list(found.interval) for found in within],
+    "within_problem_auc": [result.auc for result in within],
+    "within_problem_auc_interval": [list(result.interval) for result in within],
     "mixed_problems": within[-1].problems,
-    "pooled_auc": [float(pooled_auc(column, labels)) for column in values.T],
+    "pooled_auc": pooled,
     "mean_correct": values[labels].mean(axis=0).tolist(),
     "mean_wrong": values[~labels].mean(axis=0).tolist(),
     "histogram": {

@@ -177,11 +177,13 @@ def value_histogram(
 def calibration(
   predicted: Sequence[float], observed: Sequence[float], count: Sequence[int]
 ) -> str:
-  """Success rate against value; the area of a dot is its share of answers."""
+  """Mean reward against value; the area of a dot is its share of answers."""
+  low = min(0.0, *predicted, *observed)
+  high = max(1.0, *predicted, *observed)
   with matplotlib.rc_context(STYLE):
     figure, axes = panel(4.2, 3.6)
     axes.plot(
-      (0, 1), (0, 1), color=COLOURS["grey"], ls=(0, (4, 3)), lw=1.4,
+      (low, high), (low, high), color=COLOURS["grey"], ls=(0, (4, 3)), lw=1.4,
       label="perfect",
     )  # fmt: skip
     axes.plot(
@@ -197,15 +199,18 @@ def calibration(
       edgecolor=COLOURS["paper"],
       zorder=3,
     )
-    low = min(0.0, *predicted)
-    high = max(1.0, *predicted)
-    axes.set_xlim(low - 0.04, high + 0.04)
-    axes.set_ylim(-0.04, 1.04)
+    margin = 0.04 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
     axes.set_xlabel("value (predicted)")
-    axes.set_ylabel("solved (observed)")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if min(observed, default=0.0) < 0 or max(observed, default=1.0) > 1:
+      axes.set_ylim(low - margin, high + margin)
+      axes.set_ylabel("mean reward (observed)")
+    else:  # a mean of zeros and ones is the share that was solved
+      axes.set_ylim(-0.04, 1.04)
+      axes.set_ylabel("solved (observed)")
+      axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _legend_above(figure, axes, columns=2)
-    return to_svg(figure, "Calibration: success rate against value")
+    return to_svg(figure, "Calibration: mean reward against value")
 
 
 def auc_by_length(

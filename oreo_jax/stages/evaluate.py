@@ -255,7 +255,16 @@ def _judge_values(
   along = few.values_along(roles["critic"], answers)
   states = answers.lengths - answers.finished
   names = [p.id for p in few.problems for _ in range(settings.value_samples)]
-  analysis = values.analyse(along, states, rewards, names, seed=settings.seed)
+  train = workspace.config.train
+  analysis = values.analyse(
+    along,
+    states,
+    rewards,
+    names,
+    seed=settings.seed,
+    reward_scale=train.reward_scale,
+    reward_offset=train.reward_offset,
+  )
   # The longest wrong answer to the first problem that was also solved: where
   # the value falls says where it went wrong.
   table = rewards.reshape(len(few.problems), -1)

@@ -15,7 +15,7 @@ import numpy as np
 from oreo_jax import data, models
 from oreo_jax.analysis import values
 from oreo_jax.analysis.auc import compare_scores
-from oreo_jax.config import ConfigError, ModelConfig
+from oreo_jax.config import Config, ConfigError, ModelConfig
 from oreo_jax.files import write_json
 from oreo_jax.hosts import to_host
 from oreo_jax.losses import token_logprobs
@@ -68,7 +68,8 @@ def evaluate_trajectories(workspace: Workspace) -> dict[str, Any]:
     delimiters=config.data.delimiters,
     on_error=config.data.on_error,
   )
-  labels = np.array([s.rewards.sum() > 0.5 for s in sequences], bool)
+  rewards = np.array([s.rewards.sum() for s in sequences])
+  labels = rewards > 0.5
   if labels.all() or not labels.any():
     raise ConfigError(
       f"of {len(labels)} held-out trajectories {labels.sum()} are right, so "
@@ -84,7 +85,7 @@ def evaluate_trajectories(workspace: Workspace) -> dict[str, Any]:
     "seed": config.seed,
     "problems": len(set(problems)),
     "methods": [],
-    "values": _along(answers, labels, problems, seed),
+    "values": _along(answers, rewards, problems, config),
     "value_scores": compare_scores(
       {
         VALUE: np.array([a.values[-1] for a in answers]),
@@ -185,9 +186,9 @@ def _of_problem(scores: Sequence[float], problems: Sequence[str]) -> np.ndarray:
 
 def _along(
   answers: Sequence[Answer],
-  labels: np.ndarray,
+  rewards: np.ndarray,
   problems: Sequence[str],
-  seed: int,
+  config: Config,
 ) -> dict[str, Any]:
   """Returns the values along the answers, at tenths of their length."""
   states = np.array([len(answer.values) - 1 for answer in answers])
@@ -195,5 +196,11 @@ def _along(
   for row, answer in zip(along, answers, strict=True):
     row[: len(answer.values)] = answer.values
   return values.analyse(
-    along, states, labels.astype(np.float32), problems, seed=seed
+    along,
+    states,
+    rewards,
+    problems,
+    seed=config.evaluate.seed,
+    reward_scale=config.train.reward_scale,
+    reward_offset=config.train.reward_offset,
   )

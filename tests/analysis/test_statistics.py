@@ -44,14 +44,28 @@ def test_wilson_rejects_bad_counts(correct, total):
 
 
 def test_calibration_bins_by_hand():
+  # From -0.2 to 1.4 in steps of 0.4.
   result = statistics.calibration_bins(
-    np.array([-0.2, 0.1, 0.3, 0.95, 1.0, 1.4]),
+    np.array([-0.2, 0.1, 0.3, 0.95, 1.1, 1.4]),
     np.array([0, 1, 0, 1, 1, 0]),
     bins=4,
   )
-  np.testing.assert_allclose(result.predicted, [-0.05, 0.3, 3.35 / 3])
-  np.testing.assert_allclose(result.observed, [0.5, 0.0, 2 / 3])
-  np.testing.assert_array_equal(result.count, [2, 1, 3])
+  np.testing.assert_allclose(result.predicted, [-0.05, 0.3, 0.95, 1.25])
+  np.testing.assert_allclose(result.observed, [0.5, 0.0, 1.0, 0.5])
+  np.testing.assert_array_equal(result.count, [2, 1, 1, 2])
+
+
+def test_calibration_bins_lie_where_the_predictions_are():
+  # Values of rewards in {0, 10}: bins over [0, 1] put all but the lowest into
+  # one.
+  predicted = np.linspace(0.5, 9.5, 100)
+  result = statistics.calibration_bins(predicted, predicted > 5, bins=10)
+  np.testing.assert_array_equal(result.count, np.full(10, 10))
+  shifted = statistics.calibration_bins(predicted - 40, predicted > 5, bins=10)
+  np.testing.assert_array_equal(shifted.observed, result.observed)
+  equal = statistics.calibration_bins(np.full(4, 0.3), np.array([0, 1, 1, 1]))
+  np.testing.assert_allclose(equal, [[0.3], [0.75], [4]])
+  assert statistics.calibration_bins(np.zeros(0), np.zeros(0)).count.size == 0
 
 
 def test_calibration_bins_keep_the_means():

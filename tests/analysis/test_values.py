@@ -59,6 +59,29 @@ def test_analysis_reads_tenths_and_the_last_state_that_counts():
   assert sum(found["calibration"]["count"]) == 4
 
 
+def test_analysis_undoes_the_scale_of_the_rewards():
+  # The same network trained on 5 r - 2: its calibration was in one bin.
+  rng = np.random.default_rng(0)
+  along = rng.random((40, 8))
+  states = np.full(40, 7)
+  rewards = (rng.random(40) < along[:, 7]).astype(float)
+  problems = [str(i // 4) for i in range(40)]
+  plain = analyse(along, states, rewards, problems)
+  scaled = analyse(
+    5 * along - 2,
+    states,
+    rewards,
+    problems,
+    reward_scale=5.0,
+    reward_offset=-2.0,
+  )
+  for key in ("mean_correct", "mean_wrong", "within_problem_auc"):
+    np.testing.assert_allclose(scaled[key], plain[key])
+  for key, numbers in plain["calibration"].items():
+    np.testing.assert_allclose(scaled["calibration"][key], numbers)
+  assert len(plain["calibration"]["count"]) == 10
+
+
 def test_answers_of_finds_each_sequence_in_its_row():
   sequences = tiny.draw_sequences(12, seed=4)
   loader = make_loader(sequences, batch_size=4, row_length=16, seed=1)

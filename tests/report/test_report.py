@@ -375,5 +375,9 @@ def test_plots_of_extreme_numbers():
   assert "<svg" in plots.budgets({"beam": [one]}, reference=None, x_label="x")
   assert "<svg" in plots.curve("sft", "flat", np.arange(2), np.zeros(2))
   assert "<svg" in plots.value_histogram("t", [0, 0.5, 1], [0, 0], [0, 3])
-  assert "<svg" in plots.calibration([-0.2, 1.3], [0, 1], [1, 1])
+  shares = plots.calibration([-0.2, 1.3], [0, 1], [1, 1])
+  assert "solved (observed)" in shares
+  assert "mean reward (observed)" in plots.calibration(
+    [-9.0, 8.0], [-10, 10], [1, 1]
+  )
   assert "<svg" in plots.values_by_step([0.5], 0.0)
