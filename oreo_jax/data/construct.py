@@ -93,28 +93,34 @@ def preference_pairs(
   seed: int = 0,
   threshold: float = 0.5,
 ) -> list[Pair]:
-  """Pairs correct with wrong trajectories of the same problem.
+  """Returns the given pairs, and pairs of correct and wrong trajectories.
 
-  Up to `max_pairs` pairs a problem are drawn without replacement from all its
-  (correct, wrong) combinations: no pair twice, but a trajectory may stand in
-  several. (The paper draws 6 of 10 responses and 10 of 4 + 4, more than there
-  are disjoint pairs.)
+  Trajectories of a preference file name the pair they come from: each pair is
+  taken as given. Of the others, up to `max_pairs` pairs a problem are drawn
+  without replacement from all its (correct, wrong) combinations: no pair
+  twice, but a trajectory may stand in several. (The paper draws 6 of 10
+  responses and 10 of 4 + 4, more than there are disjoint pairs.)
 
   Args:
     trajectories: of any number of problems.
-    max_pairs: most pairs of a problem.
+    max_pairs: most pairs drawn of a problem; given pairs do not count.
     seed: of the draw.
     threshold: a trajectory is correct if its reward is above.
 
   Returns:
-    The pairs, a problem after the other.
+    The pairs, a problem after the other, the given ones of each first.
+
+  Raises:
+    ValueError: two trajectories of a given pair have the same reward.
 
   Source: arXiv 2412.16145, appendix A.
   """
   pairs = []
   for problem, group in by_problem(trajectories).items():
-    correct = [t for t in group if t.reward > threshold]
-    wrong = [t for t in group if not t.reward > threshold]
+    pairs.extend(_given_pairs(group))
+    alone = [t for t in group if not t.pair]
+    correct = [t for t in alone if t.reward > threshold]
+    wrong = [t for t in alone if not t.reward > threshold]
     combinations = len(correct) * len(wrong)
     if combinations:
       drawn = _rng(seed, problem).permutation(combinations)[:max_pairs]
@@ -122,6 +128,27 @@ def preference_pairs(
         Pair(correct[i // len(wrong)], wrong[i % len(wrong)])
         for i in drawn.tolist()
       )
+  return pairs
+
+
+def _given_pairs(group: Iterable[Trajectory]) -> list[Pair]:
+  """Returns the pairs that the trajectories of a problem name."""
+  members: dict[str, list[Trajectory]] = {}
+  for trajectory in group:
+    if trajectory.pair:
+      members.setdefault(trajectory.pair, []).append(trajectory)
+  pairs = []
+  for sides in members.values():
+    # Files that were joined may use a name twice, but keep pairs together. An
+    # attempt whose other half was left out is not compared with anything.
+    for one, other in zip(sides[::2], sides[1::2], strict=False):
+      if one.reward == other.reward:
+        raise ValueError(
+          f"{one.place} and {other.place} name the same pair {one.pair!r}, but"
+          f" both have the reward {one.reward}; the better one needs more"
+        )
+      better = one.reward > other.reward
+      pairs.append(Pair(one, other) if better else Pair(other, one))
   return pairs
 
 

@@ -25,6 +25,8 @@ def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
   if trajectory.turn_rewards is not None:
     row["turn_rewards"] = list(trajectory.turn_rewards)
   row["truncated"] = trajectory.truncated
+  if trajectory.pair:
+    row["pair"] = trajectory.pair
   if trajectory.sampled is not None:
     row["tokens"] = [turn.tokens.tolist() for turn in trajectory.sampled]
     names = trajectory.sampled[0].arrays()

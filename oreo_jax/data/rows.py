@@ -3,6 +3,7 @@
   own          {"prompt", "response", "reward"}
                {"conversations": [{"role", "content"}, ...], "reward"}
                optional: "id", "problem", "truncated", "turn_rewards", "given",
+               "pair": the same name in two rows makes them one preference
                "tokens", "logps": of each assistant turn, what was sampled
                "token_extras": {name: of each assistant turn, a number a token}
   TRL's types  {"prompt", "completion"}            a demonstration, reward 1
@@ -83,6 +84,8 @@ def parse_pair(row: Any, place: str) -> Pair:
   ):
     turns, chat = _join(prompt, part, place)
     named = fields | chat | {"id": f"{fields['id']}/{name}"}
+    # Named by the row and not by its id, which rows of one prompt may share.
+    named["pair"] = os.path.basename(place)
     pair.append(_trajectory(turns, named, place, reward, None))
   return Pair(*pair)
 
@@ -112,6 +115,7 @@ def _common_fields(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     "problem": _label(row, "problem", place),
     "id": _label(row, "id", place) or os.path.basename(place),
     "truncated": bool(truncated),
+    "pair": _label(row, "pair", place),
     "source": place,
   }
 

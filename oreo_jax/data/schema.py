@@ -33,6 +33,8 @@ class Trajectory:
     is_chat: the turns go through the tokenizer's chat template. Otherwise
       there are two turns, joined as they are.
     given: so many turns at the start are context, the assistant's too.
+    pair: names the preference that this attempt and another one, of higher or
+      lower reward, come from; empty for an attempt that stands alone.
     sampled: the tokens of each action as the policy sampled them; None where
       there is only text.
     source: file and line the trajectory came from, for error messages.
@@ -46,6 +48,7 @@ class Trajectory:
   truncated: bool = False
   is_chat: bool = False
   given: int = 0
+  pair: str = ""
   sampled: tuple[Sampled, ...] | None = None
   source: str = dataclasses.field(default="", compare=False)
 

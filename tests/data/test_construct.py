@@ -2,7 +2,12 @@ import itertools
 
 import pytest
 
-from oreo_jax.data import Trajectory, construct
+from oreo_jax.data import (
+  Trajectory,
+  construct,
+  load_trajectories,
+  save_trajectories,
+)
 
 
 def attempts(problem, correct, wrong):
@@ -84,3 +89,76 @@ def test_preference_pairs(correct, wrong, max_pairs, expected):
   if expected > 3:
     again = construct.preference_pairs(data, max_pairs=max_pairs, seed=1)
     assert again != pairs
+
+
+def preferences(*answers, prompt="q"):
+  return [
+    {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for chosen, rejected in answers
+  ]
+
+
+def answers_of(pairs):
+  return [(chosen.response, rejected.response) for chosen, rejected in pairs]
+
+
+@pytest.mark.parametrize(
+  "answers",
+  [
+    # Not all right x wrong pairs, which would add (c1, r2) and (c2, r1).
+    [("c1", "r1"), ("c2", "r2")],
+    # A ranking a > b > c; by rewards alone b would be compared with itself.
+    [("a", "b"), ("b", "c")],
+    # Given pairs are all taken, whatever the number of pairs drawn.
+    [(f"c{i}", f"r{i}") for i in range(20)],
+  ],
+)
+def test_a_preference_file_gives_its_pairs(tmp_path, answers):
+  loaded = load_trajectories(preferences(*answers))
+  assert answers_of(construct.preference_pairs(loaded)) == answers
+  # The format that this project writes keeps them.
+  path = tmp_path / "t.jsonl"
+  save_trajectories(path, loaded)
+  assert answers_of(construct.preference_pairs(load_trajectories(path))) == (
+    answers
+  )
+
+
+def test_given_pairs_stay_apart_from_others():
+  given = load_trajectories(preferences(("c", "r")))
+  alone = [
+    Trajectory.from_text("q", "right", 1.0),
+    Trajectory.from_text("q", "wrong", 0.0),
+  ]
+  pairs = construct.preference_pairs([*given, *alone])
+  assert answers_of(pairs) == [("c", "r"), ("right", "wrong")]
+  # What was left of a pair is compared with nothing.
+  assert answers_of(construct.preference_pairs([given[0], *alone])) == [
+    ("right", "wrong")
+  ]
+
+
+def test_rows_of_one_id_and_joined_files_keep_their_pairs():
+  rows = preferences(("c1", "r1"), ("c2", "r2"))
+  rows = [row | {"id": "q7"} for row in rows]
+  expected = [("c1", "r1"), ("c2", "r2")]
+  loaded = load_trajectories(rows)
+  assert answers_of(construct.preference_pairs(loaded)) == expected
+  # Two files of one name: "row 1" names a pair of each.
+  twice = [*loaded, *load_trajectories(preferences(("c3", "r3")))]
+  assert sorted(answers_of(construct.preference_pairs(twice))) == [
+    *expected,
+    ("c3", "r3"),
+  ]
+
+
+def test_a_pair_needs_a_better_side():
+  sides = [
+    Trajectory.from_text("q", text, 1.0, id=text, pair="p") for text in "ab"
+  ]
+  with pytest.raises(ValueError, match=r"id a.*id b.*pair 'p'.*reward 1\.0"):
+    construct.preference_pairs(sides)
+  better = construct.preference_pairs(
+    [sides[0], Trajectory.from_text("q", "c", 1.5, pair="p")]
+  )
+  assert answers_of(better) == [("c", "a")]

@@ -185,7 +185,7 @@ TRAJECTORIES = [
   Trajectory.from_text("a\nb ", " c\u2028d\n", 0.25, id="1", problem="p"),
   Trajectory.from_text("é", "“”", 1.0, id="2", truncated=True),
   Trajectory(CHAT, 1.0, (0.25, 0.75), id="3", is_chat=True),
-  Trajectory(CHAT, 0.0, id="4", is_chat=True, given=2),
+  Trajectory(CHAT, 0.0, id="4", is_chat=True, given=2, pair="pairs.jsonl:3"),
 ]
 
 
@@ -281,6 +281,10 @@ def test_trl_types():
     assert (chosen.turns, rejected.turns) == (a.turns, b.turns)
     assert (chosen.reward, rejected.reward) == (1.0, 0.0)
   assert [t.id for t in loaded[4:6]] == ["row 5/chosen", "row 5/rejected"]
+  assert [t.pair for t in loaded] == [
+    *[""] * 4,
+    *[f"row {number}" for number in (5, 5, 6, 6, 7, 7, 8, 8)],
+  ]
 
 
 def test_trl_prompt_may_hold_earlier_answers():
