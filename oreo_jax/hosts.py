@@ -8,6 +8,7 @@ that leaves a collective computation alone makes the others wait for ever.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
@@ -44,6 +45,51 @@ def any_of(flag: bool) -> bool:
 
   flags = multihost_utils.process_allgather(np.asarray(flag, np.int32))
   return bool(np.max(flags))
+
+
+class StopAgreement:
+  """Lets all processes stop after the same step when one of them has to.
+
+  To ask is to wait for the slowest process and for every step under way, so
+  the processes ask only now and then, about every `seconds`. They must not
+  differ in when: the number of steps to the next question is worked out from
+  the pace of the slowest process, which they tell each other with the answer.
+  A notice of preemption comes half a minute ahead or more.
+  """
+
+  def __init__(self, seconds: float = 2.0):
+    """Asks first after the first step, then about every `seconds`."""
+    self._seconds = seconds
+    self._interval = 1  # steps between two questions
+    self._asked: tuple[int, float] | None = None  # step and time, the last
+    self._pace = seconds  # seconds a step, on this process
+
+  def reached(self, step: int, flag: bool) -> bool:
+    """Returns whether to stop after this step, the same on every process.
+
+    Args:
+      step: steps done; every process calls this after the same steps.
+      flag: whether this process has been asked to stop.
+    """
+    if jax.process_count() == 1:
+      return flag
+    if self._asked is not None and step < self._asked[0] + self._interval:
+      return False
+    from jax.experimental import multihost_utils
+
+    mine = np.asarray([flag, self._pace], np.float32)
+    flags, paces = multihost_utils.process_allgather(mine).T
+    # Nothing but what was gathered may decide on the next question. Doubling
+    # at most: a few quick steps must not put it off for long.
+    steps = int(self._seconds / max(float(np.max(paces)), 1e-6))
+    self._interval = min(max(steps, 1), 2 * self._interval)
+    now = time.perf_counter()
+    if self._asked is not None:
+      # Taken after the gathering, which has waited for the steps on the
+      # devices; before it, only handing them out would have been timed.
+      self._pace = (now - self._asked[1]) / (step - self._asked[0])
+    self._asked = step, now
+    return bool(np.any(flags))
 
 
 def to_host(tree: Any) -> Any:

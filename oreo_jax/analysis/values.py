@@ -47,7 +47,8 @@ def held_out_values(
 
   Returns:
     (state, base) -> metrics: value AUC, pooled and within a problem, of the
-    state before the last token of the answer.
+    state before the last token of the answer. It raises FloatingPointError
+    when a value is not finite.
   """
   size = max(config.train.batch_size // config.train.grad_accum, 1)
   size = -(-size // batch_shards(mesh)) * batch_shards(mesh)
@@ -79,11 +80,14 @@ def held_out_values(
         # answer has one.
         last.append(along[-1])
         index.append(member)
-    found = [sequences[i] for i in index]
+    scores = np.array(last)
+    if not np.isfinite(scores).all():
+      raise FloatingPointError("a value of a held-out answer is not finite")
+    answers = [sequences[i] for i in index]
     return value_aucs(
-      np.array(last),
-      np.array([s.rewards.sum() > 0.5 for s in found]),
-      [s.problem for s in found],
+      scores,
+      np.array([s.rewards.sum() > 0.5 for s in answers]),
+      [s.problem for s in answers],
     )
 
   return measure

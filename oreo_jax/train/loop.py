@@ -16,6 +16,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from oreo_jax import hosts
 from oreo_jax.data.loader import Loader
 from oreo_jax.metrics import MetricsWriter
 from oreo_jax.models import Params
@@ -60,19 +61,21 @@ def fit(
     critic: a value network to go on with.
     description: shown beside the progress bar.
     measure: (state, base) -> figures, called every `measure_every` steps and
-      after the last; written beside the losses.
+      after the last; written beside the losses. It raises FloatingPointError
+      where the network gives what is not a finite number.
 
   Returns:
     The state after the last step.
 
   Raises:
-    DivergedError: when the loss or a gradient is not finite; the last
-      checkpoint stays.
-    PreemptedError: after a SIGTERM, with the state saved.
+    DivergedError: when the loss, a gradient or what is measured is not
+      finite; the last checkpoint stays.
+    PreemptedError: after a SIGTERM to any process, with the state saved; all
+      processes stop after the same step.
   """
   directory = pathlib.Path(directory)
   stage = setup.stage
-  chief = jax.process_index() == 0
+  chief = hosts.is_chief()
 
   # --- State: fresh, or the newest checkpoint straight into its shards.
   def fresh(base, critic):
@@ -121,18 +124,22 @@ def fit(
         figures["steps_per_second"] = (done - logged) / (now - clock)
         clock, logged = now, done
         every = stage.measure_every
-        if measure and (last or (every and done % every == 0)):
-          figures |= measure(state, base)
-        writer.write(done, figures)
+        try:
+          _check_finite(figures, done, directory)
+          if measure and (last or (every and done % every == 0)):
+            figures |= _measured(measure, state, base, done, directory)
+        finally:
+          # A row of figures that are not finite shows where it went wrong.
+          writer.write(done, figures)
         progress.update(0, loss=figures["loss"])
-        _check_finite(figures, done, directory)
       progress.update()
+      stopping = not last and stop.agreed(done)
       due = stage.checkpoint_every and done % stage.checkpoint_every == 0
-      if due or last or stop.requested:
+      if due or last or stopping:
         # The figures of this very step may not have been looked at yet.
         _check_finite(metrics, done, directory)
-        checkpoints.save(done, state, wait=last or stop.requested)
-      if stop.requested and not last:
+        checkpoints.save(done, state, wait=last or stopping)
+      if stopping:
         raise PreemptedError(
           f"{description} was asked to stop and is saved at step {done}: run "
           "the same command again to go on"
@@ -147,18 +154,37 @@ def _check_finite(
   for name, figure in metrics.items():
     watched = name == "loss" or name.startswith("grad_norm/")
     if watched and not math.isfinite(float(figure)):
-      raise DivergedError(
-        f"{name} is {float(figure)} at step {step}; lower the learning rate "
-        "(--config.<stage>.lr, --config.train.critic_lr). The last good "
-        f"checkpoint is in {directory / 'checkpoints'}"
-      )
+      raise _diverged(f"{name} is {float(figure)}", step, directory)
+
+
+def _measured(
+  measure: Callable[[TrainState, Params], dict[str, float]],
+  state: TrainState,
+  base: Params,
+  step: int,
+  directory: pathlib.Path,
+) -> dict[str, float]:
+  try:
+    return measure(state, base)
+  except FloatingPointError as error:
+    # The loss was finite: it was the last update that spoilt the weights.
+    raise _diverged(str(error), step, directory) from error
+
+
+def _diverged(what: str, step: int, directory: pathlib.Path) -> DivergedError:
+  return DivergedError(
+    f"{what} at step {step}; lower the learning rate "
+    "(--config.<stage>.lr, --config.train.critic_lr). The last good "
+    f"checkpoint is in {directory / 'checkpoints'}"
+  )
 
 
 class _StopRequest:
   """Turns SIGTERM, a scheduler's notice, into a flag the loop looks at."""
 
   def __init__(self) -> None:
-    self.requested = False
+    self._requested = False
+    self._agreement = hosts.StopAgreement()
     self._previous: Callable | int | None = None
 
   def __enter__(self) -> "_StopRequest":
@@ -171,5 +197,9 @@ class _StopRequest:
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
 
+  def agreed(self, step: int) -> bool:
+    """Returns whether to stop after this step, the same on every process."""
+    return self._agreement.reached(step, self._requested)
+
   def _request(self, unused_signal: int, unused_frame: object) -> None:
-    self.requested = True
+    self._requested = True

@@ -120,6 +120,9 @@ def test_held_out_values_are_those_before_the_last_token():
   with jax.set_mesh(mesh):
     measure = held_out_values(sequences, setup, config, mesh)
     found = measure(state._replace(params=params), base)
+    spoilt = {**params, "critic": jax.tree.map(jnp.log, params["critic"])}
+    with pytest.raises(FloatingPointError, match="held-out answer"):
+      measure(state._replace(params=spoilt), base)
   tokens = np.zeros((24, 9), np.int32)
   for row, sequence in enumerate(sequences):
     tokens[row, : len(sequence.tokens)] = sequence.tokens

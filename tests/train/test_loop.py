@@ -215,3 +215,33 @@ def test_measures_when_due_and_at_the_end(tmp_path, monkeypatch):
   assert calls == [4, 6]
   written = {row["step"]: row.get("heldout/figure") for row in rows(tmp_path)}
   assert written == {1: None, 2: None, 3: None, 4: 4.0, 5: None, 6: 6.0}
+
+
+def test_a_diverged_run_is_not_measured(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    "oreo_jax.train.loop.make_train_step", stand_in({3: {"loss": np.nan}})
+  )
+
+  def measure(state, ref):
+    assert state.step < 4
+    return {"heldout/figure": 0.5}
+
+  with pytest.raises(DivergedError, match="loss is nan at step 4"):
+    run(tmp_path, setup=setup_of(measure_every=1), measure=measure)
+  # The row that shows it is written.
+  assert [row["loss"] for row in rows(tmp_path)] == [1.0, 1.0, 1.0, None]
+
+
+def test_weights_that_measure_as_no_number_have_diverged(tmp_path, monkeypatch):
+  monkeypatch.setattr("oreo_jax.train.loop.make_train_step", stand_in({}))
+
+  def measure(state, ref):
+    if state.step == 4:
+      raise FloatingPointError("a value of a held-out answer is not finite")
+    return {"heldout/figure": 0.5}
+
+  with pytest.raises(DivergedError, match="held-out .* at step 4.*lower the"):
+    run(tmp_path, setup=setup_of(measure_every=2), measure=measure)
+  assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.latest_step() == 2
