@@ -1,8 +1,7 @@
 """Draws distinct problems into disjoint splits, reproducibly.
 
-A problem's split is a hash of the problem itself, whatever the seed: 80% train,
-10% validation, 10% test. Nothing trained on one seed has seen the test problems
-of another.
+A problem's split follows from the problem itself, whatever the seed (see
+`splits`): nothing trained on one seed has seen the test problems of another.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from oreo_jax.tasks.splits import split_indices
 from oreo_jax.tasks.task import SPLITS
 
 _MAX_BARREN_CHUNKS = 50
 
 
-def split_index(codes: np.ndarray) -> np.ndarray:
-  """Returns int[N]: the index in `SPLITS` of every row of codes[N, F]."""
+def code_hashes(codes: np.ndarray) -> np.ndarray:
+  """Returns uint64[N]: an evenly spread hash of every row of codes[N, F]."""
   weights = np.random.default_rng(2412_16145).integers(
     0, 2**64, codes.shape[1], np.uint64
   )
@@ -25,8 +25,7 @@ def split_index(codes: np.ndarray) -> np.ndarray:
   code = (codes.astype(np.uint64) * weights).sum(axis=1, dtype=np.uint64)
   code = (code ^ (code >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  tenth = (code ^ (code >> np.uint64(31))) % np.uint64(10)
-  return np.maximum(tenth.astype(int) - 7, 0)
+  return code ^ (code >> np.uint64(31))
 
 
 def draw_distinct(
@@ -56,24 +55,26 @@ def draw_distinct(
     ValueError: if chunk after chunk holds nothing new.
   """
   index = SPLITS.index(split)
-  seen, chunks, found, barren, chunk = set(), [], 0, 0, 0
-  while found < count or not chunks:
-    codes, arrays = draw(np.random.default_rng([seed, index, chunk]))
-    fresh = []
-    for row in np.flatnonzero(split_index(codes) == index).tolist():
+  seen: set[bytes] = set()
+  chunks: list[tuple[np.ndarray, ...]] = []
+  drawn = barren_chunks = 0
+  while drawn < count or not chunks:
+    codes, arrays = draw(np.random.default_rng([seed, index, len(chunks)]))
+    new_rows = []
+    in_split = split_indices(code_hashes(codes)) == index
+    for row in np.flatnonzero(in_split).tolist():
       key = codes[row].tobytes()
       if key not in seen:
         seen.add(key)
-        fresh.append(row)
-    chunks.append(tuple(array[fresh] for array in arrays))
-    found += len(fresh)
-    chunk += 1
-    barren = 0 if fresh else barren + 1
-    if barren == _MAX_BARREN_CHUNKS:
+        new_rows.append(row)
+    chunks.append(tuple(array[new_rows] for array in arrays))
+    drawn += len(new_rows)
+    barren_chunks = 0 if new_rows else barren_chunks + 1
+    if barren_chunks == _MAX_BARREN_CHUNKS:
       raise ValueError(
-        f"the task's settings give only {found} {split} problems; "
+        f"the task's settings give only {drawn} {split} problems; "
         f"ask for fewer than {count} or loosen them"
       )
   return tuple(
-    np.concatenate(parts)[:count] for parts in zip(*chunks, strict=True)
+    np.concatenate(pieces)[:count] for pieces in zip(*chunks, strict=True)
   )

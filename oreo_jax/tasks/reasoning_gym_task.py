@@ -8,13 +8,14 @@ give partial credit, some of it for substrings, so only a full score counts.
 from __future__ import annotations
 
 import collections
-import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from oreo_jax.tasks.grading.report import warn_of_failures
+from oreo_jax.tasks.splits import text_hash, text_split
 from oreo_jax.tasks.task import SPLITS, Problem, check_pairs, check_split
 
 _INSTRUCTION = "Put the final answer between <answer> and </answer>.\n"
@@ -43,7 +44,7 @@ class ReasoningGymTask:
     validation_size: int = 500,
     test_size: int = 1_000,
     max_chars: int = 4000,
-    **dataset_options,
+    **dataset_options: Any,
   ):
     """Makes the task.
 
@@ -77,16 +78,16 @@ class ReasoningGymTask:
     check_split(split)
     if count is None:
       count = self._sizes[split]
-    problems, seen = [], set()
+    problems: list[Problem] = []
+    seen: set[int] = set()
     for index in range(_MAX_DRAWS):
       if len(problems) == count:
         return problems
       item = self._items[index]
       question = item["question"]
-      digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
-      tenth = int.from_bytes(digest, "big") % 10
-      if digest not in seen and SPLITS[max(tenth - 7, 0)] == split:
-        seen.add(digest)
+      code = text_hash(question)
+      if code not in seen and text_split(question) == split:
+        seen.add(code)
         prompt = f"{question}\n{_INSTRUCTION}"
         problems.append(Problem(str(index), prompt, str(item["answer"])))
     raise ValueError(

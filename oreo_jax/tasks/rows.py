@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from oreo_jax.data.errors import TrajectoryError
 from oreo_jax.data.records import read_splits
+from oreo_jax.tasks.splits import text_hash, text_split
 from oreo_jax.tasks.task import SPLITS
 
 
@@ -48,16 +48,16 @@ def split_rows(
   if not split["test"] and not split["validation"]:
     pool, split["train"] = split["train"], []
     for row in pool:
-      tenth = _hash(key(row)) % 10
-      split[SPLITS[max(tenth - 7, 0)]].append(row)
+      split[text_split(key(row))].append(row)
   elif not split["validation"]:
     pool, split["train"] = split["train"], []
     for row in pool:
-      held_out = _hash(key(row)) % 20 == 0
+      held_out = text_hash(key(row)) % 20 == 0
       split["validation" if held_out else "train"].append(row)
   seen: set[int] = set()
   return {
-    name: list(_unseen(split[name], key, seen)) for name in reversed(SPLITS)
+    name: list(_first_of_each(split[name], key, seen))
+    for name in reversed(SPLITS)
   }
 
 
@@ -86,17 +86,12 @@ def _good_row(place: str, row: Mapping[str, Any] | TrajectoryError) -> Row:
   return Row(dict(row), place)
 
 
-def _unseen(
+def _first_of_each(
   rows: Iterable[Row], key: Callable[[Row], str], seen: set[int]
-) -> Iterable[Row]:
+) -> Iterator[Row]:
+  """Yields the rows whose problem is not in `seen`, and adds it there."""
   for row in rows:
-    code = _hash(key(row))
+    code = text_hash(key(row))
     if code not in seen:
       seen.add(code)
       yield row
-
-
-def _hash(text: str) -> int:
-  text = " ".join(text.split())
-  digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8)
-  return int.from_bytes(digest.digest(), "big")

@@ -63,3 +63,20 @@ def test_partial_credit_is_none():
 def test_it_has_no_demonstrations():
   with pytest.raises(ValueError, match="start from a checkpoint"):
     make().demonstrations(1)
+
+
+def test_questions_that_differ_by_a_blank_are_one():
+  task = make()
+  questions = ["What is 1 + 1?", "What is 1 +  1?\n", "What is 2 + 2?"]
+  task._items = [
+    {"question": questions[i % 3], "answer": "2"} for i in range(9)
+  ]
+  total = 0
+  for split in ("train", "validation", "test"):
+    count = 0
+    # The stream ends, so that asking for one more than there are raises.
+    with pytest.raises(IndexError):
+      while True:
+        count = len(task.problems(split, count + 1))
+    total += count
+  assert total == 2
