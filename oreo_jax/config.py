@@ -85,7 +85,7 @@ class ModelConfig(Section):
   sliding_window: int = 0  # 0: full causal attention (Mistral v0.1: 4096)
   init_std: float = 0.0  # 0: 1/sqrt(fan_in)
   dtype: str = choice(*DTYPES)  # compute dtype of activations
-  param_dtype: str = choice(*DTYPES)  # dtype the weights are kept in
+  param_dtype: str = choice(*DTYPES)  # of frozen and saved weights
   remat: str = choice("none", "full", "dots")  # what the backward recomputes
   unroll: int = positive(1)  # layers a scan step; num_layers: all (CPU: fast)
   lora_rank: int = 0  # set by critic.kind and lora.policy; 0: no adapters

@@ -210,7 +210,17 @@ def first_weights(
     network = models.add_adapters(key, network, config)
   if trunk:
     network = models.split_adapters(network)[1]
-  return jax.tree.map(jnp.copy, network)
+  return master_copy(network)
+
+
+def master_copy(weights: Params) -> Params:
+  """Returns the float32 copy of weights that an optimiser can move.
+
+  Next to a weight of size 0.1, bfloat16 cannot hold an update below 2e-4: at
+  the paper's rate of 5e-6 nearly every update would be rounded away. The
+  networks cast to their compute dtype where they use the weights.
+  """
+  return jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), weights)
 
 
 def full_params(
@@ -257,13 +267,18 @@ def plain_models(
     setup: the stage's fixed part.
 
   Returns:
-    (params by role, config): adapters merged, of the roles that are exported.
+    (params by role, config) of the roles that are exported: adapters merged,
+    the weights in `param_dtype`.
   """
   plain = {}
   for name, params in full.items():
     role = ROLES[name]
     if role.export:
-      plain[name], _ = models.merge_adapters(params, role.config(setup))
+      merged, _ = models.merge_adapters(params, role.config(setup))
+      shapes = models.abstract_params(setup.model, head=role.head)
+      plain[name] = jax.tree.map(
+        lambda x, shape: x.astype(shape.dtype), merged, shapes
+      )
   return plain, setup.model
 
 

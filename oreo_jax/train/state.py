@@ -13,6 +13,7 @@ from oreo_jax.sharding import replicated, shardings_of
 from oreo_jax.train.roles import (
   ROLES,
   first_weights,
+  master_copy,
   optimizers,
   roles_of,
 )
@@ -24,7 +25,8 @@ class TrainState(NamedTuple):
 
   step: jax.Array  # i32[], updates done
   # What gradients move, by role. With adapters a tree holds the adapters
-  # alone; `full_params` adds what lies beneath them.
+  # alone; `full_params` adds what lies beneath them. All of it is float32,
+  # whatever dtype the base is held in.
   params: dict[str, Any]
   opt_state: dict[str, Any]  # of each tree of `params`
   averages: dict[str, Params]  # running means, by role; mostly empty
@@ -55,7 +57,7 @@ def init_state(
     if role.average_of:
       averages[role.name] = jax.tree.map(jnp.copy, params[role.average_of])
     elif role.name in given:
-      params[role.name] = jax.tree.map(jnp.copy, given[role.name])
+      params[role.name] = master_copy(given[role.name])
     elif role.name in trained:
       params[role.name] = first_weights(role, keys[role.name], setup, base)
   return TrainState(
