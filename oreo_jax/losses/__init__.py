@@ -5,14 +5,14 @@ installs and imports with jax and numpy alone, so that any JAX project can use
 it. Gradients stop here and nowhere else.
 """
 
-from oreo_jax.losses.dqo import DqoLoss, dqo_loss
+from oreo_jax.losses.dqo import dqo_loss
 from oreo_jax.losses.kl import alpha_loss, kl_k3
 from oreo_jax.losses.logprobs import TokenLogprobs, token_logprobs
 from oreo_jax.losses.metrics import summarize_metrics
 from oreo_jax.losses.oreo import (
-  OreoLoss,
   oreo_loss,
   policy_loss,
+  soft_bellman_residuals,
   value_loss,
 )
 from oreo_jax.losses.paths import count_positive
@@ -26,15 +26,16 @@ from oreo_jax.losses.preference import (
   sequence_logps,
   split_pairs,
 )
+from oreo_jax.losses.regression import OreoLoss, Residuals
 from oreo_jax.losses.segments import Count, count_mask
 from oreo_jax.losses.supervised import sft_loss
 
 __all__ = [
   "Count",
   "DpoLoss",
-  "DqoLoss",
   "KtoLoss",
   "OreoLoss",
+  "Residuals",
   "SequenceLogps",
   "TokenLogprobs",
   "alpha_loss",
@@ -49,6 +50,7 @@ __all__ = [
   "policy_loss",
   "sequence_logps",
   "sft_loss",
+  "soft_bellman_residuals",
   "split_pairs",
   "summarize_metrics",
   "token_logprobs",

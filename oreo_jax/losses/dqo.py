@@ -10,28 +10,16 @@ trajectory. Shapes and symbols are those of `oreo_jax.losses.oreo`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from oreo_jax.losses import segments
-from oreo_jax.losses.kl import mean_kl_penalty
-from oreo_jax.losses.metrics import value_metrics
 from oreo_jax.losses.paths import follow_paths, mean_over
-from oreo_jax.losses.segments import Count, weighted_sum
+from oreo_jax.losses.regression import OreoLoss, Residuals, regression_loss
+from oreo_jax.losses.segments import Count
 
 _stop = jax.lax.stop_gradient
-
-
-class DqoLoss(NamedTuple):
-  """The loss and its parts, scalars of float32."""
-
-  total: jax.Array  # value + policy_weight * (policy + alpha * kl)
-  value: jax.Array  # its gradient reaches `values` alone
-  policy: jax.Array  # its gradient reaches `logps` alone
-  kl: jax.Array  # mean KL over action tokens, not yet times alpha
-  metrics: dict[str, jax.Array]  # no gradient
 
 
 def lambda_returns(
@@ -95,15 +83,14 @@ def dqo_loss(
   reduction: str = "sequence",
   reward_scale: float = 1.0,
   reward_offset: float = 0.0,
-  policy_weight: float | jax.Array = 1.0,
   decision_count: Count | None = None,
   action_count: Count | None = None,
-) -> DqoLoss:
+) -> OreoLoss:
   """Value and policy loss of DQO, in one differentiable sum.
 
     value  = mean_t (V_t - sg(G_t))^2
     policy = mean_t w * (beta * A_t + sg(V_t) - r_t - sg(G_next))^2
-    total  = value + policy_weight * (policy + alpha * mean_t kl_t)
+    total  = value + policy + alpha * mean_t kl_t
 
   G is the lambda-return of `r_t - beta * A_t` with bootstrap V, and
   `w = min(exp(D_0), importance_cap)` the weight of the trajectory under the
@@ -127,13 +114,12 @@ def dqo_loss(
     reduction: "sequence" or "token", as in `oreo_loss`.
     reward_scale: factor on rewards.
     reward_offset: added to the return of every sequence.
-    policy_weight: as in `oreo_loss`.
     decision_count: `Count` of the whole batch, as in `oreo_loss`.
     action_count: the same of `action_mask`.
 
   Returns:
-    A `DqoLoss` of scalars; 0 with gradients of 0 for an empty mask. Metrics
-    add up over parts of a batch, see `summarize_metrics`.
+    An `OreoLoss`, as the terms are the same; 0 with gradients of 0 for an empty
+    mask. Metrics add up over parts of a batch, see `summarize_metrics`.
 
   Raises:
     ValueError: if shapes disagree or `reduction` is unknown.
@@ -160,52 +146,39 @@ def dqo_loss(
     rewards,
     action_mask,
     decision_mask,
-    segment_ids,
+    segment_ids=segment_ids,
     reward_scale=reward_scale,
     reward_offset=reward_offset,
   )
-  segments.check_shapes(logps=logps, kl=kl)
-  means = mean_over(
-    action_mask,
-    decision_mask,
-    segment_ids,
-    reduction=reduction,
-    decision_count=decision_count,
-    action_count=action_count,
-  )
-  # Padding may hold anything: what the means leave out has no gradient either.
-  values = jnp.where(paths.decisions, values.astype(jnp.float32), 0.0)
+  values_here = paths.at_decisions(values)
+  constant = _stop(values_here)
   step_rewards = paths.step_rewards()
   returns, next_returns = lambda_returns(
     step_rewards - beta * paths.target_step,
-    _stop(paths.at_next_decision(values)),
+    paths.at_next_decision(constant),
     paths.decisions,
     lambda_=lambda_,
     segment_ids=segment_ids,
   )
-  value_residual = values - returns
-  policy_residual = (
-    beta * paths.step + _stop(values) - step_rewards - next_returns
-  )
-  importance = paths.importance(importance_cap)
-  value = weighted_sum(means.decisions, jnp.square(value_residual))
-  policy = weighted_sum(
-    means.decisions, importance * jnp.square(policy_residual)
-  )
-  mean_kl = mean_kl_penalty(kl, logps, ref_logps, paths.actions, means.actions)
-  total = value + policy_weight * (policy + _stop(alpha) * mean_kl)
-  metrics = {
-    **value_metrics(means.decisions, values, returns, value_residual),
-    "value/loss": value,
-    "value/start": weighted_sum(means.sequences, values),
-    "policy/loss": policy,
-    "policy/residual_abs": weighted_sum(
-      means.decisions, jnp.abs(policy_residual)
+  q_residual = beta * paths.step + constant - step_rewards - next_returns
+  return regression_loss(
+    Residuals(
+      value=paths.at_decisions(values_here - returns),
+      policy=paths.at_decisions(q_residual),
+      target=paths.at_decisions(returns),
+      paths=paths,
     ),
-    "policy/log_ratio": weighted_sum(means.sequences, paths.rest),
-    "policy/logp": weighted_sum(means.actions, logps),
-    "policy/kl": mean_kl,
-    "policy/importance": weighted_sum(means.sequences, importance),
-    "reward/mean": weighted_sum(means.sequences, paths.raw_returns),
-  }
-  return DqoLoss(total, value, policy, mean_kl, _stop(metrics))
+    mean_over(
+      paths,
+      reduction=reduction,
+      decision_count=decision_count,
+      action_count=action_count,
+    ),
+    logps,
+    ref_logps,
+    values,
+    kl=kl,
+    alpha=alpha,
+    value_importance=None,
+    policy_importance=paths.importance(importance_cap),
+  )

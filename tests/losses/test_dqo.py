@@ -40,7 +40,7 @@ def to_jax(x):
 
 @functools.cache
 def compiled(option):
-  """Jitted: a `DqoLoss` and gradients[part] = (of logps, of values)."""
+  """Jitted: an `OreoLoss` and gradients[part] = (of logps, of values)."""
 
   def evaluate(arrays, segment_ids, scalars):
     def loss(logps, values):

@@ -259,7 +259,6 @@ def oreo_loss(
   hinge=0.0,
   single_step=False,
   token_mean=False,
-  policy_weight=1.0,
   **kwargs,
 ):
   """Returns a dict of total, value, policy (hinge included) and kl.
@@ -287,7 +286,7 @@ def oreo_loss(
     **kwargs,
   )
   return {
-    "total": value + policy_weight * (policy + alpha * penalty),
+    "total": value + policy + alpha * penalty,
     "value": value,
     "policy": policy,
     "kl": penalty,
