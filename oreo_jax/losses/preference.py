@@ -79,7 +79,8 @@ def sequence_logps(
     return SequenceLogps(logps.sum(axis=1), lengths.sum(axis=1))
   slots = logps.shape[1] if num_segments is None else num_segments
 
-  def sum_row(x, ids):
+  def sum_row(x: jax.Array, ids: jax.Array) -> jax.Array:
+    # Slot 0 gathers the padding and is dropped.
     return jax.ops.segment_sum(x, ids, num_segments=slots + 1)[1:]
 
   sums = jax.vmap(sum_row)
@@ -105,7 +106,9 @@ def split_pairs(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
   return packed[:, 0:even:2], packed[:, 1:even:2]
 
 
-def _logistic(margin, probs, beta):
+def _logistic(
+  margin: jax.Array, probs: float | jax.Array, beta: float
+) -> jax.Array:
   scaled = beta * margin
   return -(
     probs * jax.nn.log_sigmoid(scaled)
@@ -113,7 +116,9 @@ def _logistic(margin, probs, beta):
   )
 
 
-def _squared(margin, probs, beta):
+def _squared(
+  margin: jax.Array, probs: float | jax.Array, beta: float
+) -> jax.Array:
   goal = 1.0 / (2.0 * beta)
   return probs * jnp.square(margin - goal) + (1.0 - probs) * jnp.square(
     margin + goal
@@ -131,8 +136,7 @@ def dpo_loss(
   *,
   beta: float,
   loss_type: str = "sigmoid",
-  label_smoothing: float = 0.0,
-  chosen_probs: jax.Array | None = None,
+  label_smoothing: float | jax.Array = 0.0,
   mask: jax.Array | None = None,
   num_pairs: jax.Array | None = None,
 ) -> DpoLoss:
@@ -144,7 +148,7 @@ def dpo_loss(
     sigmoid: -p log sigmoid(beta * margin) - (1 - p) log sigmoid(-beta * margin)
     ipo:      p (margin - 1/(2 beta))^2 + (1 - p) (margin + 1/(2 beta))^2
 
-  p is 1 by default; `1 - label_smoothing` gives conservative DPO (cDPO).
+  p is `1 - label_smoothing`: 1 by default, below it in conservative DPO (cDPO).
 
   Args:
     chosen_logps: f32[P], log pi of the chosen answers, summed over tokens; any
@@ -154,8 +158,8 @@ def dpo_loss(
     ref_rejected_logps: f32[P]. No gradient.
     beta: temperature, > 0.
     loss_type: "sigmoid" or "ipo".
-    label_smoothing: probability that a label is the wrong way round.
-    chosen_probs: f32[P], soft labels p, if the labels are not certain.
+    label_smoothing: probability that a label is the wrong way round, one for
+      all pairs or f32[P].
     mask: bool[P], pairs that count; None counts all. In packed rows: both
       `lengths` > 0.
     num_pairs: pairs of the whole batch, where these are a part of it; the
@@ -181,7 +185,6 @@ def dpo_loss(
     rejected_logps=rejected_logps,
     ref_chosen_logps=ref_chosen_logps,
     ref_rejected_logps=ref_rejected_logps,
-    chosen_probs=chosen_probs,
     mask=mask,
   )
   if loss_type not in _PAIR_LOSSES:
@@ -192,9 +195,9 @@ def dpo_loss(
   weights = _mean_weights(chosen_logps, mask, num_pairs)
   chosen = _log_ratios(chosen_logps, ref_chosen_logps, weights)
   rejected = _log_ratios(rejected_logps, ref_rejected_logps, weights)
-  probs = 1.0 if chosen_probs is None else _stop(chosen_probs)
-  probs = probs * (1.0 - label_smoothing) + (1.0 - probs) * label_smoothing
-  losses = _PAIR_LOSSES[loss_type](chosen - rejected, probs, beta)
+  losses = _PAIR_LOSSES[loss_type](
+    chosen - rejected, 1.0 - _stop(label_smoothing), beta
+  )
   metrics = {
     "rewards/chosen": beta * weighted_sum(weights, chosen),
     "rewards/rejected": beta * weighted_sum(weights, rejected),
@@ -312,7 +315,7 @@ def kto_loss(
   return KtoLoss(total, _stop(metrics))
 
 
-def _check_alike(**arrays) -> None:
+def _check_alike(**arrays: jax.Array | None) -> None:
   shapes = {k: jnp.shape(v) for k, v in arrays.items() if v is not None}
   if len(set(shapes.values())) > 1:
     listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -322,13 +325,19 @@ def _check_alike(**arrays) -> None:
     )
 
 
-def _mean_weights(like, mask, total):
+def _mean_weights(
+  like: jax.Array, mask: jax.Array | None, total: jax.Array | None
+) -> jax.Array:
+  """Weights of a mean over what a mask selects of `total` answers or pairs."""
   mask = jnp.ones(like.shape, bool) if mask is None else mask.astype(bool)
   if total is None:
     total = mask.sum(dtype=jnp.float32)
   return jnp.where(mask, 1.0 / jnp.maximum(total, 1.0), 0.0)
 
 
-def _log_ratios(logps, ref_logps, weights):
+def _log_ratios(
+  logps: jax.Array, ref_logps: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Differences in float32, and 0 where the weight is 0."""
   ratios = logps.astype(jnp.float32) - _stop(ref_logps).astype(jnp.float32)
   return jnp.where(weights > 0.0, ratios, 0.0)

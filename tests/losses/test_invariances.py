@@ -28,8 +28,7 @@ NAMES = (
   "oreo, options",
   "oreo, single step",
   "dqo",
-  "sft, token mean",
-  "sft, sequence mean",
+  "sft",
   "dpo",
   "ipo",
   "kto",
@@ -79,7 +78,6 @@ def totals(logps, values, batch, counts):
   oreo = functools.partial(
     losses.oreo_loss, *arrays, beta=0.3, **ids, **both, **positive
   )
-  sft = functools.partial(losses.sft_loss, logps, arrays[4], **ids, **action)
   own, ref, other, present, pairs = preference_parts(batch, logps)
   dpo = functools.partial(
     losses.dpo_loss,
@@ -115,8 +113,7 @@ def totals(logps, values, batch, counts):
     "dqo": losses.dqo_loss(
       *arrays, beta=0.3, lambda_=0.7, alpha=0.1, **ids, **both
     ).total,
-    "sft, token mean": sft(),
-    "sft, sequence mean": sft(reduction="sequence"),
+    "sft": losses.sft_loss(logps, arrays[4], **ids, **action),
     "dpo": dpo().total,
     "ipo": dpo(loss_type="ipo", label_smoothing=0.1).total,
     "kto": kto.total,

@@ -16,7 +16,7 @@ NAMES = {"reverse": "kl", "forward": "forward_kl"}
 
 
 def inputs(seed, size=1.0):
-  """hidden, head, targets, ref_hidden, ref_head."""
+  """hidden, head, tokens, ref_hidden, ref_head."""
   rng = np.random.default_rng(seed)
   return [
     rng.normal(size=(B, T, D)) * size,
@@ -35,11 +35,11 @@ WEIGHTS = np.random.default_rng(0).normal(size=(2, B, T))
 def compiled(direction, chunk_size):
   """Jitted: outputs, and the gradient of a weighted sum of logps and kl."""
 
-  def evaluate(hidden, head, targets, ref_hidden, ref_head, scale):
+  def evaluate(hidden, head, tokens, ref_hidden, ref_head, scale):
     def loss(*arrays):
       out = losses.token_logprobs(
         *arrays[:2],
-        targets,
+        tokens,
         ref_hidden=arrays[2],
         ref_head=arrays[3],
         chunk_size=chunk_size,
@@ -73,9 +73,9 @@ def implementation(arrays, direction, chunk_size, dtype=jnp.float32, scale=1.0):
 
 
 def check(out, given, direction, scale=1.0, **tolerance):
-  hidden, head, targets, ref_hidden, ref_head = given
+  hidden, head, tokens, ref_hidden, ref_head = given
   expected = oracle.token_logprobs(
-    hidden, head, targets, ref_hidden, ref_head, scale
+    hidden, head, tokens, ref_hidden, ref_head, scale
   )
   for name, x in (
     ("logps", out.logps),
@@ -129,7 +129,7 @@ def test_bfloat16_inputs_meet_a_float32_softmax(size, chunk_size):
 @pytest.mark.parametrize("chunk_size", [3, 128])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_forbidden_tokens(dtype, chunk_size, low):
-  """Logits near minus infinity in policy and reference, targets elsewhere.
+  """Logits near minus infinity in policy and reference, tokens elsewhere.
 
   A constant in the hidden states times a row of the head makes them.
   """

@@ -87,7 +87,7 @@ DPO_TABLE = [
   # Only the first pair, with a certain label and with one of 3 in 4.
   ({"mask": [True, False]}, 0.3132617),
   (
-    {"mask": [True, False], "chosen_probs": [0.75, 0.1]},
+    {"mask": [True, False], "label_smoothing": [0.25, 0.9]},
     0.75 * 0.3132617 + 0.25 * 1.3132617,
   ),
 ]

@@ -18,11 +18,9 @@ LAYOUTS = {
 }
 
 
-def evaluate(laid_out, reduction):
+def evaluate(laid_out):
   ids = laid_out["segment_ids"]
-  loss = jax.value_and_grad(
-    functools.partial(losses.sft_loss, reduction=reduction)
-  )
+  loss = jax.value_and_grad(losses.sft_loss)
   return jax.jit(loss, compiler_options={"xla_backend_optimization_level": 0})(
     jnp.asarray(laid_out["logps"], jnp.float32),
     jnp.asarray(laid_out["action_mask"]),
@@ -30,42 +28,32 @@ def evaluate(laid_out, reduction):
   )
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_matches_oracle(layout, reduction):
+def test_matches_oracle(layout):
   laid_out = LAYOUTS[layout](cases.trajectories(21))
   mask = laid_out["action_mask"]
-  ids = laid_out["segment_ids"]
-  loss, gradient = evaluate(laid_out, reduction)
-  expected = oracle.sft_loss(
-    laid_out["logps"], mask, ids, token_mean=reduction == "token"
-  )
+  loss, gradient = evaluate(laid_out)
+  expected = oracle.sft_loss(laid_out["logps"], mask, laid_out["segment_ids"])
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  # Linear: the gradient of a token is its weight, and the weights sum to 1.
+  # Linear: the gradient of a token is its weight, the same for all.
   np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
-  np.testing.assert_allclose(gradient.sum(), -1, rtol=1e-5)
-  if reduction == "token":
-    np.testing.assert_allclose(gradient[mask], -1 / mask.sum(), rtol=1e-5)
+  np.testing.assert_allclose(gradient[mask], -1 / mask.sum(), rtol=1e-5)
 
 
 def test_worked_by_hand():
   logps = jnp.asarray([[-9.0, -1.0, -3.0, -5.0], [-9.0, -4.0, -9.0, -9.0]])
   mask = jnp.asarray([[False, True, True, True], [False, True, False, False]])
   assert float(losses.sft_loss(logps, mask)) == 13 / 4
-  by_sequence = losses.sft_loss(logps, mask, reduction="sequence")
-  assert float(by_sequence) == (9 / 3 + 4) / 2
-  ids = jnp.asarray([[1, 1, 1, 2], [1, 1, 0, 0]])
-  by_segment = losses.sft_loss(
-    logps, mask, reduction="sequence", segment_ids=ids
-  )
-  np.testing.assert_allclose(by_segment, (2 + 5 + 4) / 3, rtol=1e-6)
+  # Padding does not count, even where the mask forgets it.
+  ids = jnp.asarray([[1, 1, 2, 0], [1, 1, 0, 0]])
+  masked = losses.sft_loss(logps, mask, segment_ids=ids)
+  np.testing.assert_allclose(masked, 8 / 3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence"])
-def test_empty_mask_gives_zero_and_finite_gradients(reduction):
+def test_empty_mask_gives_zero_and_finite_gradients():
   laid_out = cases.packed(cases.trajectories(22))
   laid_out["action_mask"] = np.zeros_like(laid_out["action_mask"])
-  loss, gradient = evaluate(laid_out, reduction)
+  loss, gradient = evaluate(laid_out)
   assert float(loss) == 0
   np.testing.assert_array_equal(gradient, 0)
 
@@ -74,5 +62,3 @@ def test_bad_input_is_refused():
   logps, mask = jnp.zeros((2, 4)), jnp.ones((2, 4), bool)
   with pytest.raises(ValueError):
     losses.sft_loss(logps, mask[:, :-1])
-  with pytest.raises(ValueError, match="reduction"):
-    losses.sft_loss(logps, mask, reduction="row")

@@ -298,7 +298,7 @@ def test_response_oreo_and_soft_dpo_share_their_minimiser():
       ref[first],
       ref[second],
       beta=BETA,
-      chosen_probs=probs,
+      label_smoothing=1.0 - probs,
     ).total
 
   dpo = descend(preference, {"logits": start(tree)["logits"]})
