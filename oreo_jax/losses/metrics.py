@@ -87,11 +87,12 @@ def summarize_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return {**metrics, **derived}
 
 
-def _variance(metrics, name):
+def _variance(metrics: dict[str, jax.Array], name: str) -> jax.Array:
   square = metrics[f"{name}_square"] - jnp.square(metrics[name])
+  # Rounding can leave a small negative number where the variance is 0.
   return jnp.maximum(square, 0.0)
 
 
-def _divide(numerator, denominator):
+def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   safe = jnp.where(denominator > 0.0, denominator, 1.0)
   return jnp.where(denominator > 0.0, numerator / safe, 0.0)

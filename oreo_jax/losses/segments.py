@@ -26,7 +26,7 @@ class Count(NamedTuple):
   tokens: jax.Array  # f32[], selected tokens
 
 
-def check_shapes(**arrays) -> None:
+def check_shapes(**arrays: jax.Array | None) -> None:
   """Raises a ValueError unless all arrays (None is skipped) are one [B, T]."""
   shapes = {k: jnp.shape(v) for k, v in arrays.items() if v is not None}
   if len(set(shapes.values())) > 1 or any(len(s) != 2 for s in shapes.values()):
@@ -37,7 +37,9 @@ def check_shapes(**arrays) -> None:
     )
 
 
-def last_of_segment(shape: tuple[int, int], segment_ids=None) -> jax.Array:
+def last_of_segment(
+  shape: tuple[int, ...], segment_ids: jax.Array | None = None
+) -> jax.Array:
   """Marks the last position of every sequence (and run of padding).
 
   Args:
@@ -48,8 +50,9 @@ def last_of_segment(shape: tuple[int, int], segment_ids=None) -> jax.Array:
     bool[B, T].
   """
   last_column = jnp.arange(shape[1]) == shape[1] - 1
+  last_column = jnp.broadcast_to(last_column[None, :], shape)
   if segment_ids is None:
-    return jnp.broadcast_to(last_column, shape)
+    return last_column
   changes = segment_ids != jnp.roll(segment_ids, -1, axis=1)
   return changes | last_column
 
@@ -76,15 +79,22 @@ def linear_recurrence(x: jax.Array, scale: jax.Array) -> jax.Array:
   length = x.shape[-1]
   x, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
 
-  def double(carry, span):
-    def shift_left(y):
-      y = jnp.concatenate([y, jnp.zeros_like(y)], axis=-1)
-      return jax.lax.dynamic_slice_in_dim(y, span, length, axis=-1)
+  def double(
+    carry: tuple[jax.Array, jax.Array], span: jax.Array
+  ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def shift_left(z: jax.Array) -> jax.Array:
+      z = jnp.concatenate([z, jnp.zeros_like(z)], axis=-1)
+      return jax.lax.dynamic_slice_in_dim(z, span, length, axis=-1)
 
-    # Invariant: y[t] = x[t] + scale[t] * y[t + span].
-    x, scale = carry
-    return (x + scale * shift_left(x), scale * shift_left(scale)), None
+    # The pair stands for y[t] = partial[t] + factor[t] * y[t + span]: `partial`
+    # has added up the next `span` positions, `factor` is the product of their
+    # scales. Put that equation for t + span into the one for t, and the same
+    # holds with twice the span.
+    partial, factor = carry
+    partial = partial + factor * shift_left(partial)
+    return (partial, factor * shift_left(factor)), None
 
+  # Once the span reaches past the end, y[t + span] is 0 and y is `partial`.
   spans = 2 ** jnp.arange((length - 1).bit_length())
   (y, _), _ = jax.lax.scan(double, (x, scale), spans)
   return y
@@ -103,7 +113,9 @@ def sums_until(x: jax.Array, ends: jax.Array) -> jax.Array:
   return linear_recurrence(x, 1.0 - ends.astype(jnp.float32))
 
 
-def suffix_sums(x: jax.Array, segment_ids=None) -> jax.Array:
+def suffix_sums(
+  x: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
   """Sums from each position to the end of its sequence.
 
   Args:
@@ -122,25 +134,37 @@ def suffix_sums(x: jax.Array, segment_ids=None) -> jax.Array:
   return sums_until(x, last_of_segment(x.shape, segment_ids))
 
 
-def _sums_both_ways(x, segment_ids):
-  """Sums from the sequence's start to t, and from t to its end, in one pass."""
+def _sums_both_ways(
+  x: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Sums from the sequence's start to t, and from t to its end, in one pass.
+
+  Args:
+    x: [..., B, T].
+    segment_ids: i32[B, T] or None.
+
+  Returns:
+    Two f32[..., B, T]; both hold the entry at t itself.
+  """
   lasts = last_of_segment(x.shape[-2:], segment_ids)
-  # Seen from the right, the position after a last one starts a sequence: the
-  # firsts, mirrored, are the lasts of the mirrored row.
+  # A sum from the start is a sum to the end of the mirrored row. There a
+  # sequence ends at its first position, which is the one after the last of
+  # the sequence before; `roll` also marks position 0, after the row's last.
   firsts = jnp.roll(lasts, 1, axis=-1)
-  both = sums_until(
+  ends = jnp.stack([jnp.flip(firsts, axis=-1), lasts])
+  # The leading axes of x, for stacked masks, share the ends of the rows.
+  leading = (1,) * (x.ndim - 2)
+  ends = ends.reshape(2, *leading, *lasts.shape)
+  mirrored, suffix = sums_until(
     jnp.stack([jnp.flip(x, axis=-1), x]),
-    jnp.broadcast_to(
-      jnp.stack([jnp.flip(firsts, axis=-1), lasts]).reshape(
-        (2,) + (1,) * (x.ndim - 2) + lasts.shape
-      ),
-      (2, *x.shape),
-    ),
+    jnp.broadcast_to(ends, (2, *x.shape)),
   )
-  return jnp.flip(both[0], axis=-1), both[1]
+  return jnp.flip(mirrored, axis=-1), suffix
 
 
-def segment_totals(x: jax.Array, segment_ids=None) -> jax.Array:
+def segment_totals(
+  x: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
   """Writes at each position the sum of `x` over the position's sequence.
 
   Args:
@@ -169,7 +193,7 @@ class Selection(NamedTuple):
     )
 
 
-def select(mask: jax.Array, segment_ids=None) -> Selection:
+def select(mask: jax.Array, segment_ids: jax.Array | None = None) -> Selection:
   """Finds how a mask falls on the sequences of the rows.
 
   Args:
@@ -183,12 +207,13 @@ def select(mask: jax.Array, segment_ids=None) -> Selection:
   prefix, suffix = _sums_both_ways(mask, segment_ids)
   return Selection(
     mask=mask,
+    # Sums of ones are exact in float32, so that they may be compared.
     first=mask & (prefix == 1.0),
     own=prefix + suffix - mask.astype(jnp.float32),
   )
 
 
-def count_mask(mask: jax.Array, segment_ids=None) -> Count:
+def count_mask(mask: jax.Array, segment_ids: jax.Array | None = None) -> Count:
   """Counts the selected tokens and the sequences that have any.
 
   Args:
@@ -235,6 +260,8 @@ def mean_weights(
       f'reduction must be "sequence" or "token", got {reduction!r}'
     )
   mask = selection.mask
+  # The inner `where` keeps 1 / 0 out of the branch that is not taken, whose
+  # gradient would be NaN.
   return jnp.where(mask, 1.0 / jnp.where(mask, divisor, 1.0), 0.0)
 
 
