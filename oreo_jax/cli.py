@@ -7,18 +7,16 @@
 The only module that reads flags, starts `jax.distributed` or prints.
 """
 
-import contextlib
 import os
 import pathlib
 import re
-import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from oreo_jax import hosts
 from oreo_jax.config import Config, ConfigError, field_paths, unknown_key
 from oreo_jax.settings import parse_tuple
 
@@ -52,170 +50,49 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-def _sft(workspace) -> None:
-  from oreo_jax.stages import pipeline
+def _usage() -> str:
+  from oreo_jax.stages import STAGES
 
-  pipeline.sft(workspace)
-  _say_record(workspace, "sft")
-
-
-def _collect(workspace) -> None:
-  from oreo_jax.stages import pipeline
-
-  pipeline.collect(workspace)
-  _say_record(workspace, "collect")
-
-
-def _train(workspace) -> None:
-  from oreo_jax.stages import pipeline
-
-  objective = workspace.config.train.objective
-  pipeline.train_objective(workspace, objective)
-  _say_record(workspace, objective)
-
-
-def _evaluate(workspace) -> None:
-  from oreo_jax import report
-  from oreo_jax.stages import evaluate
-
-  install = os.environ.get("OREO_INSTALL_SECONDS")
-  results = evaluate.evaluate(
-    workspace, install_s=float(install) if install else None
-  )
-  _say(report.format_table(results))
-
-
-def _export(workspace) -> None:
-  from oreo_jax.stages import pipeline
-
-  pipeline.export(workspace)
-  _say_record(workspace, "export")
-
-
-def _report(workspace) -> None:
-  from oreo_jax import report
-
-  if workspace.is_chief:
-    path = report.write_report(workspace.directory)
-    _say(f"report: {path}")
-
-
-def _run(workspace) -> None:
-  from oreo_jax.stages import pipeline
-
-  _sft(workspace)
-  _collect(workspace)
-  for objective in workspace.config.baselines:
-    pipeline.train_objective(workspace, objective)
-    _say_record(workspace, objective)
-  _train(workspace)
-  _evaluate(workspace)
-  _report(workspace)
-
-
-def _iterate(workspace) -> None:
-  from oreo_jax import report
-  from oreo_jax.stages import iterate
-
-  results = iterate.iterate(workspace)
-  if workspace.is_chief:
-    last = workspace.directory / f"round{workspace.config.rounds}"
-    _say(report.format_table(report.read_results(last)))
-    _say(report.format_rounds(results["rounds"]))
-    _say(f"report of the last round: {report.write_report(last)}")
-
-
-def _compare(workspace) -> None:
-  from oreo_jax import report
-  from oreo_jax.stages import compare
-
-  results = compare.compare(workspace)
-  _say(report.format_comparison(results))
-  if workspace.is_chief:
-    path = report.write_comparison(workspace.directory / "compare", results)
-    _say(f"report: {path}")
-
-
-COMMANDS: dict[str, Callable] = {
-  "sft": _sft,
-  "collect": _collect,
-  "train": _train,
-  "evaluate": _evaluate,
-  "export": _export,
-  "run": _run,
-  "iterate": _iterate,
-  "compare": _compare,
-  "report": _report,
-}
-_USAGE = (
-  f"usage: oreo {' | '.join(COMMANDS)}  --config=FILE [--workdir=DIR] "
-  "[--config.section.key=value ...]"
-)
+  width = max(map(len, STAGES))
+  lines = [
+    f"usage: oreo {' | '.join(STAGES)}  --config=FILE [--workdir=DIR] "
+    "[--config.section.key=value ...]",
+    *(f"  {name.ljust(width)}  {s.summary}" for name, s in STAGES.items()),
+  ]
+  return "\n".join(lines)
 
 
 def _say(text: str) -> None:
-  import jax
-
-  if jax.process_index() == 0:
+  if hosts.is_chief():
     print(text, flush=True)
 
 
-def _say_record(workspace, stage: str) -> None:
-  figures = [
-    f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-    for key, value in _flat(workspace.record(stage)).items()
-  ]
-  _say(f"{stage}: " + "  ".join(figures))
-
-
-def _flat(record: dict) -> dict:
-  flat = {}
-  for key, value in record.items():
-    if key == "settings":
-      continue
-    flat |= value if isinstance(value, dict) else {key: value}
-  return flat
-
-
 def _main(argv: Sequence[str]) -> None:
+  from oreo_jax.stages import STAGES, Workspace
+
   name = argv[1] if len(argv) > 1 else ""
-  if name not in COMMANDS or len(argv) > 2:
+  if name not in STAGES or len(argv) > 2:
     given = " ".join(argv[1:]) or "nothing"
-    raise app.UsageError(f"{_USAGE}\ngot: {given}")
+    raise app.UsageError(f"{_usage()}\ngot: {given}")
   config = _CONFIG.value
   if not isinstance(config, Config):
-    raise app.UsageError(f"--config=FILE is needed\n{_USAGE}")
+    raise app.UsageError(f"--config=FILE is needed\n{_usage()}")
   logging.set_verbosity(logging.INFO)
   # Libraries below log at INFO what nobody asked for.
   logging.get_absl_handler().addFilter(_is_ours)
   import jax
 
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()
-  from oreo_jax.stages.workspace import Workspace
-
-  directory = pathlib.Path(_WORKDIR.value or _default_workdir())
+    hosts.start()
+  workspace = Workspace(config, _WORKDIR.value or _default_workdir())
   if _OVERWRITE.value:
-    _remove(directory, name, config)
-  start = time.monotonic()
-  workspace = Workspace(config, directory)
+    workspace.remove(STAGES[name].leaves(config))
   with jax.set_mesh(workspace.mesh):
-    COMMANDS[name](workspace)
-  if name == "run":
-    _say_timings(workspace, time.monotonic() - start)
+    STAGES[name].run(workspace, _say)
 
 
 def _is_ours(record) -> bool:
   return record.levelname != "INFO" or "oreo_jax" in record.pathname
-
-
-def _say_timings(workspace, seconds: float) -> None:
-  import json
-
-  path = workspace.directory / "results.json"
-  timings = json.loads(path.read_text(encoding="utf-8")).get("timings", {})
-  parts = "  ".join(f"{k} {v:.0f}" for k, v in timings.items())
-  _say(f"seconds: {parts}  whole command {seconds:.0f}")
 
 
 def _default_workdir() -> str:
@@ -225,26 +102,6 @@ def _default_workdir() -> str:
   if path.name == "config.py":
     return str(path.parent)
   return str(pathlib.Path("runs") / path.stem)
-
-
-def _remove(directory: pathlib.Path, command: str, config: Config) -> None:
-  """Removes what the command's stages left; trajectories of others stay."""
-  objective = config.train.objective
-  folders = {
-    "train": [objective],
-    "run": [
-      "sft",
-      "collect",
-      *config.baselines,
-      objective,
-      "evaluate",
-      "tokenizer",
-    ],
-    "iterate": [f"round{number}" for number in range(config.rounds + 1)],
-  }.get(command, [command])
-  for folder in folders:
-    with contextlib.suppress(FileNotFoundError):
-      shutil.rmtree(directory / folder)
 
 
 def check_overrides(arguments: Sequence[str]) -> None:

@@ -23,13 +23,15 @@ LAYERS = {
   "data": 2,
   "tasks": 2,
   "metrics": 2,
-  "decode": 3,
-  "train": 4,
-  "analysis": 5,
-  "stages": 6,
+  "analysis": 2,
+  "train": 3,
+  "decode": 4,
+  "scoring": 5,
+  "rollout": 6,
   "report": 6,
-  "cli": 7,
-  "__main__": 7,
+  "stages": 7,
+  "cli": 8,
+  "__main__": 8,
 }
 
 # Imported by one room only.
@@ -174,8 +176,8 @@ def test_a_good_tree_passes(make_tree):
     ({"config": "import oreo_jax.cli", "cli": ""}, "config imports cli"),
     # Inside a function, and relative.
     (
-      {"decode/__init__": "def f():\n  from ..train import g", "train": "g=1"},
-      "decode/__init__.py:2: decode imports train from a layer above",
+      {"train/__init__": "def f():\n  from ..decode import g", "decode": "g=1"},
+      "train/__init__.py:2: train imports decode from a layer above",
     ),
     (
       {"data/a": "from . import b", "data/b": "import oreo_jax.data.a"},

@@ -5,110 +5,17 @@ higher value than a wrong answer to the same problem? The pooled AUC mostly
 measures which problems are easy.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from oreo_jax import data
 from oreo_jax.analysis.auc import pooled_auc, within_problem_auc
 from oreo_jax.analysis.statistics import calibration_bins
-from oreo_jax.config import Config
-from oreo_jax.hosts import to_host
-from oreo_jax.models import Params
-from oreo_jax.sharding import (
-  batch_sharding,
-  batch_shards,
-  replicated,
-  shard_whole_batch,
-)
-from oreo_jax.train.forward import forward
-from oreo_jax.train.setup import Setup
-from oreo_jax.train.state import TrainState
 
 TENTHS = np.arange(1, 11) / 10
-
-
-def held_out_values(
-  sequences: Sequence[data.Tokenized],
-  setup: Setup,
-  config: Config,
-  mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, Params], dict[str, float]]:
-  """Makes a function that judges a value network on unseen problems.
-
-  Args:
-    sequences: tokenised trajectories of held-out problems.
-    setup: the training stage.
-    config: row length and batch size are read.
-    mesh: the device mesh.
-
-  Returns:
-    (state, base) -> metrics: value AUC, pooled and within a problem, of the
-    state before the last token of the answer. It raises FloatingPointError
-    when a value is not finite.
-  """
-  size = max(config.train.batch_size // config.train.grad_accum, 1)
-  size = -(-size // batch_shards(mesh)) * batch_shards(mesh)
-  loader = data.make_loader(
-    sequences,
-    batch_size=size,
-    row_length=config.data.row_length,
-    shuffle=False,
-    on_long="skip",
-  )
-
-  @functools.partial(
-    jax.jit,
-    in_shardings=(None, None, batch_sharding(mesh)),
-    out_shardings=replicated(mesh),
-  )
-  def score(params, base, batch) -> jax.Array | None:
-    return forward(params, None, base, batch, setup).values
-
-  def measure(state: TrainState, base: Params) -> dict[str, float]:
-    last, index = [], []
-    for step in range(loader.num_steps):
-      batch = loader.batch(step)
-      rows = shard_whole_batch(batch, mesh)
-      values = to_host(score(state.params, base, rows))
-      members = loader.sequence_indices(step)
-      for member, along in answers_of(batch, members, values):
-        # V of the state before the last token: the end-of-sequence, where the
-        # answer has one.
-        last.append(along[-1])
-        index.append(member)
-    scores = np.array(last)
-    if not np.isfinite(scores).all():
-      raise FloatingPointError("a value of a held-out answer is not finite")
-    answers = [sequences[i] for i in index]
-    return value_aucs(
-      scores,
-      np.array([s.rewards.sum() > 0.5 for s in answers]),
-      [s.problem for s in answers],
-    )
-
-  return measure
-
-
-def answers_of(
-  batch: data.Batch, members: np.ndarray, *arrays: np.ndarray
-) -> Iterator[tuple[Any, ...]]:
-  """Yields (sequence, *parts): what arrays [B, T] say of its action tokens.
-
-  Args:
-    batch: packed rows.
-    members: of `loader.sequence_indices`: which sequence each segment is.
-    *arrays: [B, T], aligned with the batch.
-  """
-  for row, segments in enumerate(members):
-    for segment, member in enumerate(segments, start=1):
-      if member >= 0:
-        inside = batch.segment_ids[row] == segment
-        inside &= batch.action_mask[row]
-        yield (int(member), *(array[row][inside] for array in arrays))
 
 
 def value_aucs(
@@ -131,6 +38,7 @@ def analyse(
   rewards: np.ndarray,
   problems: Sequence[str],
   *,
+  trained: np.ndarray | None = None,
   seed: int = 0,
   reward_scale: float = 1.0,
   reward_offset: float = 0.0,
@@ -145,6 +53,8 @@ def analyse(
     states: i32[R], index of the last state that counts.
     rewards: f32[R], as graded; above 1/2 is right.
     problems: the problem of each answer.
+    trained: bool[R, S], the states whose value the critic was trained at; each
+      tenth is read at the latest of them. By default every state is one.
     seed: of the bootstrap.
     reward_scale: factor with which the value was trained.
     reward_offset: offset with which the value was trained.
@@ -154,15 +64,18 @@ def analyse(
   """
   labels = rewards > 0.5
   columns = np.rint(states[:, None] * TENTHS[None]).astype(int)
-  trained = np.take_along_axis(along, columns, axis=1)  # [R, 10]
+  if trained is not None:
+    index = np.where(trained, np.arange(along.shape[1])[None], 0)
+    latest = np.maximum.accumulate(index, axis=1)
+    columns = np.take_along_axis(latest, columns, axis=1)
+  read = np.take_along_axis(along, columns, axis=1)  # [R, 10]
   # Ranks do not change with the scale, and so the AUC is of the values as they
   # were trained: rounding could make ties of them.
   within = [
-    within_problem_auc(column, labels, problems, seed=seed)
-    for column in trained.T
+    within_problem_auc(column, labels, problems, seed=seed) for column in read.T
   ]
-  pooled = [pooled_auc(column, labels) for column in trained.T]
-  values = (trained - reward_offset) / reward_scale
+  pooled = [pooled_auc(column, labels) for column in read.T]
+  values = (read - reward_offset) / reward_scale
   edges = np.linspace(
     min(0.0, float(values.min())), max(1.0, float(values.max())), 31
   )

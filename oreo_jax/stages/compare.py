@@ -13,27 +13,30 @@ compare/{results.json,report.html}
 Each of these is done once; a run that was cut off goes on where it was.
 """
 
+from __future__ import annotations
+
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
 
 from absl import logging
 
+from oreo_jax import files, report
 from oreo_jax.analysis.comparison import contrasts, summarise
 from oreo_jax.config import Config, ConfigError, MethodConfig
-from oreo_jax.files import write_json
 from oreo_jax.progress import Progress
-from oreo_jax.stages import pipeline
-from oreo_jax.stages.iterate import (
-  Branch,
-  Origin,
+from oreo_jax.stages.branch import Branch, Origin, measure
+from oreo_jax.stages.collect import collect
+from oreo_jax.stages.rounds import (
   check_rounds,
-  measure,
   play_round,
   round_config,
+  round_row,
 )
+from oreo_jax.stages.sft import fine_tune
+from oreo_jax.stages.stage import Say, Stage
+from oreo_jax.stages.train import TRAIN, train_objective
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import DivergedError
 
@@ -47,7 +50,15 @@ _COST = {
   "dqo": 9,
   "oreo": 9,
 }
-_ROUND_FIGURES = ("accuracy", "interval", "correct", "total")
+
+
+def run(workspace: Workspace, say: Say) -> None:
+  """Runs the comparison, and says its tables."""
+  results = compare(workspace)
+  say(report.format_comparison(results))
+  if workspace.is_chief:
+    path = report.write_comparison(workspace.directory / "compare", results)
+    say(f"report: {path}")
 
 
 class Comparison:
@@ -66,9 +77,9 @@ class Comparison:
     """Opens the SFT policy and the trajectories of a seed, made if need be."""
     config = config_of_seed(self.config, seed)
     home = Workspace(config, self.directory / f"seed{seed}")
-    pipeline.sft(home)
+    fine_tune(home)
     self._count(home.path("sft"), _COST["sft"])
-    pipeline.collect(home)
+    collect(home)
     self._count(home.path("collect"), _COST["collect"])
     return home
 
@@ -99,13 +110,13 @@ class Comparison:
     """Trains a cell; False if it diverged."""
     objective = cell.config.train.objective
     logging.info("compare: %s", cell.directory)
-    if cell.is_done("diverged"):
+    if cell.is_done(TRAIN, "diverged"):
       return False
     try:
-      pipeline.train_objective(cell, objective)
+      train_objective(cell)
     except DivergedError as error:
       logging.warning("%s: %s", cell.directory, error)
-      cell.begin("diverged").done(message=str(error))
+      cell.begin(TRAIN, "diverged").done(message=str(error))
       return False
     finally:
       self._count(cell.directory, _COST[objective])
@@ -149,10 +160,7 @@ class Comparison:
     split = self.config.evaluate.split
     objective = first.config.train.objective
     figures = measure(self.start(home), "", split), first.record(split)
-    rows = [
-      {"round": number} | {k: row[k] for k in _ROUND_FIGURES}
-      for number, row in enumerate(figures)
-    ]
+    rows = [round_row(number, row) for number, row in enumerate(figures)]
     last = first
     for number in range(2, self.settings.rounds + 1):
       last = Branch(
@@ -202,18 +210,18 @@ def compare(workspace: Workspace) -> dict[str, Any]:
     plan = Comparison(workspace, progress)
     searched: dict[str, Any] = {}
     chosen: dict[str, float] = {}
-    found: dict[str, list[dict[str, Any]]] = {"sft": []}
+    measured: dict[str, list[dict[str, Any]]] = {"sft": []}
     rounds: dict[str, Any] = {}
     for seed in range(settings.seeds):
       home = plan.home(seed)
       sft = measure(plan.start(home), "", config.evaluate.split)
-      found["sft"].append(sft | {"seconds": home.record("sft")["seconds"]})
+      measured["sft"].append(sft | {"seconds": home.record("sft")["seconds"]})
       for name in settings.methods:
         if seed == 0:
           searched[name] = plan.search(home, name)
           chosen[name] = best_rate(config, name, searched[name])
         cell = plan.cell(home, name, chosen[name])
-        found.setdefault(name, []).append(plan.measured(cell))
+        measured.setdefault(name, []).append(plan.measured(cell))
         if name in settings.round_methods and seed < settings.round_seeds:
           if settings.rounds > 1:
             rows = plan.rounds(home, name, cell)
@@ -222,24 +230,24 @@ def compare(workspace: Workspace) -> dict[str, Any]:
     "task": workspace.task.name,
     "split": config.evaluate.split,
     "seeds": list(range(settings.seeds)),
-    "problems": found["sft"][0]["total"],
+    "problems": measured["sft"][0]["total"],
     "validation_problems": settings.validation_problems,
     "searched": {k: v for k, v in searched.items() if v},
     "chosen": chosen,
     "methods": [
-      summarise(name, runs, found["sft"], chosen.get(name))
-      for name, runs in found.items()
+      summarise(name, runs, measured["sft"], chosen.get(name))
+      for name, runs in measured.items()
     ],
-    "contrasts": contrasts(found),
+    "contrasts": contrasts(measured),
     "rounds": rounds,
     # Of all stages together.
     "seconds": sum(
-      json.loads(path.read_text(encoding="utf-8"))["seconds"]
+      files.read_json(path)["seconds"]
       for path in plan.directory.rglob("record.json")
     ),
   }
   if workspace.is_chief:
-    write_json(plan.directory / "results.json", results)
+    files.write_json(plan.directory / "results.json", results)
   return results
 
 
@@ -316,3 +324,11 @@ def _room_for_pairs(config: Config) -> Config:
     config.train, batch_size=max(config.train.batch_size // 2, 1)
   )
   return dataclasses.replace(config, data=data, train=train)
+
+
+COMPARE = Stage(
+  name="compare",
+  summary="all objectives over several seeds",
+  run=run,
+  leaves=lambda config: ("compare",),
+)

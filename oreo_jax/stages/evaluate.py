@@ -1,117 +1,155 @@
-"""The evaluation: every method on the same held-out problems.
+"""`oreo evaluate`: every method on the same held-out problems.
 
 Leaves `results.json` in the work directory: accuracy with 95% intervals, what
-each method cost, how good the values are, and one worked example.
+each method cost, how good the values are, and one worked example. A run on a
+file of trajectories, without a task, has no problems to answer: there the value
+is judged on the trajectories of held-out problems.
 """
 
-import json
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import jax
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from absl import logging
 
-from oreo_jax import decode
+from oreo_jax import data, files, report, scoring
 from oreo_jax.analysis import values
+from oreo_jax.analysis.auc import compare_scores
 from oreo_jax.analysis.statistics import wilson_interval
-from oreo_jax.config import ConfigError
-from oreo_jax.files import write_json
+from oreo_jax.config import Config, ConfigError
 from oreo_jax.models import Params
-from oreo_jax.progress import Progress
-from oreo_jax.stages.bench import Bench
-from oreo_jax.stages.example import value_example
-from oreo_jax.stages.heldout import evaluate_trajectories
-from oreo_jax.stages.pipeline import decode_text, grade, tokenize_problems
-from oreo_jax.stages.workspace import Workspace
+from oreo_jax.rollout import methods
+from oreo_jax.rollout.example import worked_example
+from oreo_jax.stages.stage import Say, Stage
+from oreo_jax.stages.workspace import RECORD, Workspace, changed_sources
+from oreo_jax.train import OBJECTIVES
 
-NAMES = {
-  "sft": "SFT",
-  "rejection": "rejection sampling",
-  "oreo": "OREO",
-  "value": "value of the base policy",
-  "dpo": "DPO",
-  "kto": "KTO",
-  "dqo": "DQO",
-}
+# Scores of recorded trajectories; the others are compared with the first.
+VALUE, START = "value, last state", "value, before the answer"
+LENGTH, LOGP = "length, shorter first", "mean log-probability, base policy"
 
 
-class Outcome(NamedTuple):
-  """What a method answered."""
+def run(workspace: Workspace, say: Say) -> None:
+  """Evaluates what is trained, and says the table."""
+  results = evaluate(workspace)
+  if workspace.is_chief:
+    say(report.format_table(results))
 
-  rewards: np.ndarray  # f32[problems]
-  tokens: float  # generated for a problem, all samples or proposals
-  seconds: float
 
-
-def evaluate(
-  workspace: Workspace, *, install_s: float | None = None
-) -> dict[str, Any]:
+def evaluate(workspace: Workspace) -> dict[str, Any]:
   """Runs the evaluation; returns what it wrote to `results.json`.
 
-  Args:
-    workspace: holds the trained models.
-    install_s: seconds the installation took, to stand among the timings.
+  Results that were made from other models than those here now are made again.
   """
   path = workspace.directory / "results.json"
-  if path.exists() and workspace.is_done("evaluate"):
-    return json.loads(path.read_text(encoding="utf-8"))
+  if path.exists() and _is_current(workspace):
+    return files.read_json(path)
   if workspace.task is None:
-    return evaluate_trajectories(workspace)
-  run = workspace.begin("evaluate")
-  config = workspace.config
-  settings = config.evaluate
-  bench = Bench(
-    workspace,
-    workspace.task.problems(settings.split, settings.problems or None),
-  )
-  stages = [
-    stage
-    for stage in ("sft", *config.baselines, config.train.objective)
-    if (workspace.path(stage) / "record.json").exists()
+    return _evaluate_trajectories(workspace, path)
+  return _evaluate_task(workspace, path)
+
+
+def trained_stages(config: Config, workspace: Workspace) -> list[str]:
+  """Returns the trained stages to compare that have ended, SFT first."""
+  names = ("sft", *config.baselines, config.train.objective)
+  return [
+    name
+    for name in dict.fromkeys(names)
+    if workspace.record_path(name).exists()
   ]
+
+
+def _is_current(workspace: Workspace) -> bool:
+  """Returns whether the results are of the models and settings of now."""
+  record = workspace.path("evaluate") / RECORD
+  if not record.exists():
+    return False
+  sources = changed_sources(
+    files.read_json(record), workspace.made_from(EVALUATE)
+  )
+  if sources:
+    logging.info(
+      "evaluating again: %s changed since the last time", ", ".join(sources)
+    )
+    return False
+  return workspace.is_done(EVALUATE)
+
+
+def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> dict[str, Any]:
+  """Has every trained policy answer held-out problems."""
+  config, task = workspace.config, workspace.task
+  settings = config.evaluate
+  stages = trained_stages(config, workspace)
   if not stages:
     raise ConfigError(f"no trained model in {workspace.directory}: train first")
-  methods = []
-  found: dict[str, Any] = {}
-  for stage in dict.fromkeys(stages):
-    roles, _ = workspace.load_model(stage)
-    if "policy" not in roles:  # the objective `value` leaves it as it was
-      roles["policy"] = workspace.start_policy()
-    name = NAMES[stage]
-    methods += _plain_methods(bench, stage, name, roles["policy"])
+  exam = methods.Exam(
+    task.problems(settings.split, settings.problems or None),
+    task,
+    workspace.codec,
+    config.model,
+    settings,
+  )
+  stage_run = workspace.begin(EVALUATE)
+  rows: list[dict[str, Any]] = []
+  judged: dict[str, Any] = {}
+  for stage in stages:
+    roles = workspace.roles(stage)
+    label = OBJECTIVES[stage].label
+    # The objective `value` leaves the policy as it was.
+    policy = (
+      workspace.load_model(stage, "policy")[0]
+      if "policy" in roles
+      else workspace.start_policy()
+    )
+    outcomes = methods.plain_methods(policy, label, exam)
     if "critic" in roles:
-      methods += _ranked_methods(bench, stage, name, roles)
-      methods += _search_methods(bench, stage, name, roles)
-      found["values"], found["example"] = _judge_values(bench, roles)
+      granularity = _granularity(workspace, stage)
+      critic = workspace.load_model(stage, "critic")[0]
+      if granularity == "response":
+        logging.warning(
+          "%s: a response-level value network was trained at the prompt alone, "
+          "so answers are not ranked by it: train with "
+          "--config.train.granularity=token or step",
+          stage,
+        )
+        outcomes += methods.sampled_methods(policy, None, label, exam)
+      else:
+        outcomes += methods.sampled_methods(policy, critic, label, exam)
+        outcomes += methods.beam_methods(policy, critic, label, exam)
+        if stage == config.train.objective:
+          judged = _judge_values(workspace, exam, policy, critic, granularity)
+    rows += [_row(outcome, stage) for outcome in outcomes]
+  timings = _timings(workspace, ("sft", "collect", *stages))
   results = {
-    "task": workspace.task.name,
+    "task": task.name,
     "seed": config.seed,
-    "problems": len(bench.problems),
-    "methods": methods,
-    **found,
-  }
-  run.done(methods=len(methods))
-  timings = {} if install_s is None else {"install": install_s}
-  results["timings"] = timings | {
-    stage: workspace.record(stage)["seconds"]
-    for stage in dict.fromkeys(("sft", "collect", *stages, "evaluate"))
-    if (workspace.path(stage) / "record.json").exists()
+    "problems": len(exam.problems),
+    "methods": rows,
+    **judged,
+    "timings": timings | {"evaluate": stage_run.seconds},
   }
   if workspace.is_chief:
-    write_json(path, results)
+    files.write_json(path, results)
+  stage_run.done(methods=len(rows))
   return results
 
 
-def _method(
-  name: str, policy: str, search: str, budget: int, outcome: Outcome
-) -> dict[str, Any]:
+def _granularity(workspace: Workspace, stage: str) -> str:
+  """Returns the granularity that a stage's value network was trained at."""
+  return workspace.record(stage)["settings"]["train"]["granularity"]
+
+
+def _row(outcome: methods.Outcome, stage: str) -> dict[str, Any]:
   correct, total = int(outcome.rewards.sum()), len(outcome.rewards)
   return {
-    "name": name,
-    "policy": policy,
-    "search": search,
-    "budget": budget,
+    "name": outcome.label,
+    "policy": stage,
+    "search": outcome.search,
+    "budget": outcome.budget,
     "accuracy": correct / total,
     "interval": list(wilson_interval(correct, total)),
     "correct": correct,
@@ -122,165 +160,223 @@ def _method(
   }
 
 
-def _plain_methods(
-  bench: Bench, stage: str, name: str, policy: Params
-) -> list[dict[str, Any]]:
-  """Greedy decoding and one sample."""
-  samplers = {
-    "greedy": decode.GREEDY,
-    "sample": bench.sampler(),
+def _timings(workspace: Workspace, stages: Sequence[str]) -> dict[str, float]:
+  """Returns the seconds of the installation and of the stages before."""
+  install = os.environ.get("OREO_INSTALL_SECONDS")
+  timings = {"install": float(install)} if install else {}
+  return timings | {
+    stage: workspace.record(stage)["seconds"]
+    for stage in dict.fromkeys(stages)
+    if workspace.record_path(stage).exists()
   }
-  methods = []
-  for search, sampler in samplers.items():
-    rewards, _, answers, seconds = bench.sample(
-      policy, description=f"{name}, {search}", sampler=sampler
-    )
-    outcome = Outcome(rewards, float(answers.lengths.mean()), seconds)
-    label = f"{name}, greedy" if search == "greedy" else f"{name}, one sample"
-    methods.append(_method(label, stage, search, 1, outcome))
-  return methods
-
-
-def _ranked_methods(
-  bench: Bench, stage: str, name: str, roles: dict[str, Params]
-) -> list[dict[str, Any]]:
-  """Votes and best-of-N: the budgets share one set of samples."""
-  workspace = bench.workspace
-  settings = workspace.config.evaluate
-  most = max(settings.budgets)
-  rewards, texts, answers, seconds = bench.sample(
-    roles["policy"],
-    description=f"{name}, {most} samples",
-    num_samples=most,
-    sampler=bench.sampler(),
-  )
-  start = time.monotonic()
-  scores = decode.reduce_values(
-    bench.values_along(roles["critic"], answers), answers
-  )
-  judging = time.monotonic() - start
-  shape = (len(bench.problems), most)
-  rewards, scores = rewards.reshape(shape), scores.reshape(shape)
-  lengths = answers.lengths.reshape(shape)
-  finals = [workspace.task.final_answer(text) for text in texts]
-
-  def votes(question: int, count: int) -> list[str]:
-    return finals[question * most :][:count]
-
-  def chosen(count: int, choose: Callable[[int], int]) -> np.ndarray:
-    return np.array([rewards[i, choose(i)] for i in range(len(rewards))])
-
-  methods = []
-  for count in (n for n in settings.budgets if n > 1):
-    tokens = float(lengths[:, :count].sum(axis=1).mean())
-    spent = seconds * count / most
-    rules = {
-      "vote": lambda i, n=count: decode.majority_vote(votes(i, n)),
-      "weighted_vote": lambda i, n=count: decode.majority_vote(
-        votes(i, n), scores[i, :n]
-      ),
-      "best_of_n": lambda i, n=count: int(np.argmax(scores[i, :n])),
-    }
-    labels = {
-      "vote": f"{name} + majority of {count}",
-      "weighted_vote": f"{name} + value-weighted vote of {count}",
-      "best_of_n": f"{name} + best of {count} by value",
-    }
-    for search, choose in rules.items():
-      cost = spent + (judging * count / most if search != "vote" else 0.0)
-      outcome = Outcome(chosen(count, choose), tokens, cost)
-      methods.append(_method(labels[search], stage, search, count, outcome))
-  return methods
-
-
-def _search_methods(
-  bench: Bench, stage: str, name: str, roles: dict[str, Params]
-) -> list[dict[str, Any]]:
-  """Step beam search at every budget."""
-  workspace = bench.workspace
-  settings = workspace.config.evaluate
-  prompts = tokenize_problems(workspace, bench.problems)
-  stops = decode.make_stops(
-    workspace.tokenizer,
-    workspace.task.step_delimiters,
-    workspace.config.model.vocab_size,
-  )
-  methods = []
-  for beams in (n for n in settings.budgets if n > 1):
-    start = time.monotonic()
-    with Progress(
-      len(prompts),
-      f"{name}, beam {beams}",
-      unit="problem",
-      enabled=workspace.is_chief,
-    ) as progress:
-      found = decode.search_all(
-        roles["policy"],
-        roles["critic"],
-        prompts,
-        jax.random.key(settings.seed),
-        workspace.config.model,
-        beams=beams,
-        stops=stops,
-        eos_ids=workspace.eos_ids,
-        max_new_tokens=settings.max_new_tokens,
-        max_steps=settings.max_steps,
-        max_step_tokens=settings.max_step_tokens,
-        sampler=bench.sampler(),
-        batch_size=settings.batch_size,
-        on_progress=progress.update,
-      )
-    seconds = time.monotonic() - start
-    texts = decode_text(workspace, found.answers)
-    rewards = grade(workspace, bench.problems, texts, found.answers.finished)
-    outcome = Outcome(rewards, float(found.proposed.mean()), seconds)
-    label = f"{name} + beam search B={beams}"
-    methods.append(_method(label, stage, "beam", beams, outcome))
-  return methods
 
 
 def _judge_values(
-  bench: Bench, roles: dict[str, Params]
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-  """Values of right and wrong samples, and one sample step by step."""
-  workspace = bench.workspace
-  settings = workspace.config.evaluate
-  few = Bench(workspace, bench.problems[: settings.value_problems or None])
-  rewards, texts, answers, _ = few.sample(
-    roles["policy"],
-    description="values",
+  workspace: Workspace,
+  exam: methods.Exam,
+  policy: Params,
+  critic: Params,
+  granularity: str,
+) -> dict[str, Any]:
+  """Reads values along right and wrong samples, and one of them by steps."""
+  config, settings = workspace.config, exam.settings
+  few = exam._replace(problems=exam.problems[: settings.value_problems or None])
+  answers = few.answer(
+    policy,
+    "values",
     num_samples=settings.value_samples,
-    sampler=bench.sampler(),
+    sampler=few.sampler,
   )
-  along = few.values_along(roles["critic"], answers)
-  states = answers.lengths - answers.finished
-  names = [p.id for p in few.problems for _ in range(settings.value_samples)]
-  train = workspace.config.train
+  along = methods.values_along(critic, answers, few)
+  generation = answers.generation
+  states = generation.lengths - generation.finished
+  trained = None
+  if granularity == "step":
+    trained = np.zeros(along.shape, bool)
+    for row, tokens in enumerate(generation.answers()):
+      trained[row, workspace.codec.step_starts(tokens)] = True
+      if generation.finished[row]:
+        trained[row, len(tokens)] = True  # the state before the end token
   analysis = values.analyse(
     along,
     states,
-    rewards,
-    names,
+    answers.rewards,
+    answers.problem_ids,
+    trained=trained,
     seed=settings.seed,
-    reward_scale=train.reward_scale,
-    reward_offset=train.reward_offset,
+    reward_scale=config.train.reward_scale,
+    reward_offset=config.train.reward_offset,
   )
   # The longest wrong answer to the first problem that was also solved: where
   # the value falls says where it went wrong.
-  table = rewards.reshape(len(few.problems), -1)
+  table = answers.table(answers.rewards)
   mixed = np.flatnonzero((table.max(axis=1) > 0) & (table.min(axis=1) == 0))
   if not len(mixed):
-    return analysis, None
+    return {"values": analysis, "example": None}
   first = int(mixed[0])
   wrong = np.flatnonzero(table[first] == 0) + first * settings.value_samples
   row = int(wrong[np.argmax(states[wrong])])
-  example = value_example(
-    workspace,
-    roles["policy"],
+  example = worked_example(
+    policy,
+    workspace.start_policy(),
     few.problems[first],
-    texts[row],
-    answers.tokens[row, : states[row]],
+    generation.answers()[row],
     along[row],
-    float(rewards[row]),
+    float(answers.rewards[row]),
+    workspace.codec,
+    config.model,
+    workspace.mesh,
+    beta=config.train.beta,
   )
-  return analysis, example
+  return {"values": analysis, "example": example}
+
+
+def _evaluate_trajectories(
+  workspace: Workspace, path: pathlib.Path
+) -> dict[str, Any]:
+  """Judges the value on the recorded trajectories of held-out problems.
+
+  The value is compared with what costs nothing: the length of the answer and
+  its mean log-probability under the base policy.
+  """
+  config = workspace.config
+  objective = config.train.objective
+  if "critic" not in workspace.roles(objective):
+    raise ConfigError(
+      f"config.train.objective={objective!r} trains no value, and without a "
+      "task nothing else can be judged: set --config.train.objective=oreo or "
+      "value, or --config.task.name"
+    )
+  granularity = _granularity(workspace, objective)
+  if granularity == "response":
+    raise ConfigError(
+      "a response-level value network was trained at the prompt alone, so it "
+      "cannot tell two answers to one problem apart: train with "
+      "--config.train.granularity=token or step"
+    )
+  _, held = data.split_by_problem(
+    workspace.trajectories(),
+    fraction=config.data.held_out,
+    seed=config.data.seed,
+  )
+  sequences = workspace.codec.tokenize(
+    held, granularity=granularity, on_error=config.data.on_error
+  )
+  rewards = np.array([s.rewards.sum() for s in sequences])
+  labels = rewards > 0.5
+  if labels.all() or not labels.any():
+    raise ConfigError(
+      f"of {len(labels)} held-out trajectories {labels.sum()} are right, so "
+      "that there is nothing to tell apart: raise --config.data.held_out"
+    )
+  stage_run = workspace.begin(EVALUATE)
+  along, logps = score_trajectories(workspace, sequences, objective)
+  trained = [s.decision_mask[s.action_mask] for s in sequences]
+  latest = [
+    row[np.flatnonzero(at)[-1]] for row, at in zip(along, trained, strict=True)
+  ]
+  problems = [sequence.problem for sequence in sequences]
+  seed = config.evaluate.seed
+  results = {
+    "task": "trajectories",
+    "seed": config.seed,
+    "problems": len(set(problems)),
+    "methods": [],
+    "values": values.analyse(
+      _padded(along),
+      np.array([len(row) - 1 for row in along]),
+      rewards,
+      problems,
+      trained=_padded(trained).astype(bool),
+      seed=seed,
+      reward_scale=config.train.reward_scale,
+      reward_offset=config.train.reward_offset,
+    ),
+    "value_scores": compare_scores(
+      {
+        VALUE: np.array(latest),
+        START: _mean_by_problem([row[0] for row in along], problems),
+        LENGTH: np.array([-float(len(row)) for row in along]),
+        LOGP: np.array([row.mean() for row in logps]),
+      },
+      labels,
+      problems,
+      seed=seed,
+    ),
+    "timings": _timings(workspace, (objective,))
+    | {"evaluate": stage_run.seconds},
+  }
+  if workspace.is_chief:
+    files.write_json(path, results)
+  stage_run.done(trajectories=len(labels), problems=results["problems"])
+  return results
+
+
+def score_trajectories(
+  workspace: Workspace, sequences: Sequence[data.Tokenized], objective: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Runs value network and base policy over trajectories.
+
+  Returns:
+    For every sequence f32[action tokens]: V of the state before each token,
+    and its log-probability under the policy that training started from.
+  """
+  train = workspace.config.train
+  critic, model = workspace.load_model(objective, "critic")
+  networks = {
+    "values": (scoring.value_network(model), critic),
+    "logps": (
+      scoring.policy_logps(model, train.loss_chunk),
+      workspace.start_policy(),
+    ),
+  }
+  scores = []
+  for name, (network, params) in networks.items():
+    scorer = scoring.Scorer(
+      sequences,
+      network,
+      workspace.mesh,
+      row_length=workspace.config.data.row_length,
+      batch_size=train.batch_size // train.grad_accum,
+      description=name,
+    )
+    scores.append([score[name] for score in scorer(params)])
+  return scores[0], scores[1]
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns f32[R, longest]: ragged rows with zeros behind them."""
+  longest = max(len(row) for row in rows)
+  table = np.zeros((len(rows), longest), np.float32)
+  for line, row in zip(table, rows, strict=True):
+    line[: len(row)] = row
+  return table
+
+
+def _mean_by_problem(
+  scores: Sequence[float], problems: Sequence[str]
+) -> np.ndarray:
+  """Returns each problem's mean: what differs within it is rounding."""
+  _, group = np.unique(np.asarray(problems), return_inverse=True)
+  means = np.bincount(group, scores) / np.bincount(group)
+  return means[group]
+
+
+def _reads(workspace: Workspace) -> dict[str, pathlib.Path]:
+  """Returns the records of all models that are compared."""
+  config = workspace.given_config
+  names = trained_stages(config, workspace)
+  paths = {name: workspace.record_path(name) for name in names}
+  if workspace.given_config.task.name == "":
+    paths["trajectories"] = workspace.trajectories_path()
+  return paths
+
+
+EVALUATE = Stage(
+  name="evaluate",
+  summary="compares every method on held-out problems",
+  run=run,
+  settings=("task", "data", "evaluate"),
+  reads=_reads,
+  leaves=lambda config: ("evaluate", "results.json", "report.html"),
+)

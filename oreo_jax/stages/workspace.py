@@ -1,16 +1,25 @@
-"""A run's work directory: what every stage finds and leaves there.
+"""A run's work directory: a folder, its config, and who made what from what.
 
 config.py            the resolved configuration, good for --config again
 tokenizer/           the tokenizer all stages share
-<stage>/record.json  written last: the stage is done, with its settings
-<stage>/model/       weights it made: Orbax, restorable onto any mesh
+<stage>/record.json  written last: the stage is done, from what, with which
+                     settings and figures
+<stage>/begun.json   the same of a stage under way
+<stage>/model/<role> weights it made: Orbax, restorable onto any mesh
 <stage>/metrics.jsonl, checkpoints/, ...
+
+Opening a work directory writes nothing. A stage writes when it begins, after
+everything that can be checked has been checked.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,27 +37,16 @@ from oreo_jax.config import (
 )
 from oreo_jax.models import Params
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
+from oreo_jax.rollout import Codec
 from oreo_jax.sharding import make_mesh, shardings_of
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
+from oreo_jax.train.roles import ROLES
 
-# Settings that a stage's outcome depends on, its own and those before it.
-_BEFORE = ("seed", "init", "model", "task", "data")
-_SECTIONS = {
-  "sft": (*_BEFORE, "sft"),
-  "collect": (*_BEFORE, "sft", "collect"),
-  "train": (*_BEFORE, "sft", "collect", "critic", "lora", "train"),
-  "evaluate": (
-    *_BEFORE,
-    "sft",
-    "collect",
-    "critic",
-    "lora",
-    "train",
-    "evaluate",
-  ),
-}
+RECORD, BEGUN = "record.json", "begun.json"
+TOKENIZER_SOURCE = "source.json"
 
-# Settings that change how a stage is run and recorded, not what comes out.
+# Settings that change how a stage is run and recorded, not what comes out. The
+# trajectories of `path` are compared by content instead.
 _NO_MATTER = (
   "log_every",
   "measure_every",
@@ -57,202 +55,355 @@ _NO_MATTER = (
   "loss_chunk",
   "remat",
   "unroll",
+  "path",
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Something that is done once in a work directory and leaves a record.
+
+  Whether it is done follows from the settings and files its outcome depends on.
+
+  Attributes:
+    name: of the work, and of its folder unless it is given another.
+    settings: sections and fields of the config that its outcome depends on.
+      Settings of the stages before it are not among them: those are covered by
+      the records it reads.
+    reads: the files its outcome depends on, by name; they are compared by
+      content.
+  """
+
+  name: str
+  settings: tuple[str, ...] = ()
+  reads: Callable[[Workspace], Mapping[str, pathlib.Path]] = lambda _: {}
+
+
 class Workspace:
-  """A config, its work directory, mesh, task and tokenizer."""
+  """A config and the folder in which its stages find and leave things."""
 
   def __init__(self, config: Config, directory: str | pathlib.Path):
-    """Opens the directory and settles what the config left open.
+    """Checks the config; reads and writes nothing yet.
 
     Raises:
       ConfigError: if the config cannot work.
     """
     config.validate()
     self.directory = pathlib.Path(directory)
-    self.mesh: Mesh = make_mesh(config.mesh)
-    self.task = (
-      tasks.get_task(config.task.name, **config.task.options)
-      if config.task.name
-      else None
-    )
+    self.given_config = config
     self.is_chief = hosts.is_chief()
-    self.tokenizer = self._open_tokenizer(config)
+    self.mesh: Mesh = make_mesh(config.mesh)
+
+  # --- What the config stands for, settled when first asked for.
+
+  @functools.cached_property
+  def task(self) -> tasks.Task | None:
+    """The task, None for a run on a file of trajectories."""
+    settings = self.given_config.task
+    if not settings.name:
+      return None
+    return tasks.get_task(settings.name, **settings.options)
+
+  @functools.cached_property
+  def config(self) -> Config:
+    """The config with what it left open: architecture and vocabulary."""
+    config = self.given_config
     model = _with_architecture(config.model, config.init)
+    size = len(self.tokenizer)
     if not model.vocab_size:
-      model = dataclasses.replace(model, vocab_size=len(self.tokenizer))
-    if model.vocab_size < len(self.tokenizer):
+      model = dataclasses.replace(model, vocab_size=size)
+    if model.vocab_size < size:
       raise ConfigError(
         f"config.model.vocab_size={model.vocab_size} is smaller than the "
-        f"tokenizer's {len(self.tokenizer)}: set --config.model.vocab_size=0 "
+        f"tokenizer's {size}: set --config.model.vocab_size=0 "
         "to take it from the tokenizer, and with --config.init use the "
         "tokenizer of that checkpoint"
       )
-    self.config = dataclasses.replace(config, model=model)
-    if self.is_chief:
-      save_config(self.config, self.directory / "config.py")
+    return dataclasses.replace(config, model=model)
 
-  @property
-  def eos_ids(self) -> tuple[int, ...]:
-    """Tokens that end an answer: a chat model has several."""
-    found = [self.tokenizer.eos_token_id]
-    if self.config.init:
-      found += load_eos_ids(self.config.init)
-    if self.config.data.chat:
-      turns = (data.Turn("user", "a"), data.Turn("assistant", "b"))
-      chat = data.Trajectory(turns, 0.0, is_chat=True)
-      # An answer's last token is what the template ends a turn with.
-      found.append(
-        int(data.tokenize_trajectory(chat, self.tokenizer).tokens[-1])
-      )
-    return tuple(dict.fromkeys(token for token in found if token is not None))
-
-  def _open_tokenizer(self, config: Config):
-    saved = self.directory / "tokenizer"
-    settings = config.data
+  @functools.cached_property
+  def tokenizer(self) -> Any:
+    """The tokenizer: the one in the folder, or the one the config names."""
+    saved = self.path("tokenizer")
     if saved.is_dir():
+      self._check_tokenizer(saved)
       return data.load_tokenizer(saved)
-    own = settings.tokenizer in ("task", "hf") and not settings.tokenizer_path
-    if config.init and own:
-      found = data.load_tokenizer(config.init)
-    elif settings.tokenizer == "task":
-      found = self.task.make_tokenizer() if self.task else None
-      if found is None:
+    return self._make_tokenizer()
+
+  @functools.cached_property
+  def codec(self) -> Codec:
+    """The door between text and tokens."""
+    config = self.config
+    ends = load_eos_ids(config.init) if config.init else ()
+    return Codec.make(
+      self.tokenizer, config.data, config.model.vocab_size, end_ids=ends
+    )
+
+  def with_config(self, config: Config) -> Workspace:
+    """Returns the same folder, seen with other settings of its stages."""
+    other = Workspace(config, self.directory)
+    other.__dict__["task"] = self.task
+    other.__dict__["tokenizer"] = self.tokenizer
+    return other
+
+  def _make_tokenizer(self) -> Any:
+    config = self.given_config
+    settings = config.data
+    if config.init:
+      if settings.tokenizer in ("byte", "bpe"):
+        raise ConfigError(
+          f"config.data.tokenizer={settings.tokenizer!r} would put new tokens "
+          f"over the weights of {config.init}: a checkpoint brings its own "
+          "tokenizer, set --config.data.tokenizer=hf"
+        )
+      return data.load_tokenizer(settings.tokenizer_path or config.init)
+    if settings.tokenizer == "task":
+      made = self.task.make_tokenizer() if self.task else None
+      if made is None:
         raise ConfigError(
           f"task {config.task.name!r} brings no tokenizer: set "
           "--config.init=DIR of a checkpoint that has one, or "
           "--config.data.tokenizer=byte, bpe or hf"
         )
-    else:
-      texts: list[str] = []
-      if settings.tokenizer == "bpe":
-        texts = [
-          turn.content
-          for trajectory in self._trajectories(config)
-          for turn in trajectory.turns
-        ]
-      found = data.make_tokenizer(
-        settings.tokenizer,
-        texts=texts,
-        vocab_size=settings.tokenizer_vocab,
-        path=settings.tokenizer_path,
-      )
-    if self.is_chief:
-      data.save_tokenizer(found, saved)
-    return found
+      return made
+    texts: list[str] = []
+    if settings.tokenizer == "bpe":
+      texts = [
+        turn.content
+        for trajectory in self.trajectories()
+        for turn in trajectory.turns
+      ]
+    return data.make_tokenizer(
+      settings.tokenizer,
+      texts=texts,
+      vocab_size=settings.tokenizer_vocab,
+      path=settings.tokenizer_path,
+    )
 
-  def _trajectories(self, config: Config) -> list[data.Trajectory]:
-    path = config.data.path or self.directory / "collect" / "trajectories.jsonl"
-    if not pathlib.Path(path).exists():
+  def _tokenizer_source(self) -> dict[str, Any]:
+    """Returns the settings that choose the tokenizer."""
+    config = self.given_config
+    names = ("tokenizer", "tokenizer_path", "tokenizer_vocab")
+    return _plain(
+      {name: getattr(config.data, name) for name in names}
+      | {"init": config.init, "task": config.task.name}
+    )
+
+  def _check_tokenizer(self, saved: pathlib.Path) -> None:
+    """Refuses a saved tokenizer that other settings chose."""
+    source = saved / TOKENIZER_SOURCE
+    if not source.exists():
+      return
+    changed = _difference(files.read_json(source), self._tokenizer_source(), "")
+    if changed:
+      raise ConfigError(
+        f"{saved} was made with other settings "
+        f"({', '.join(name.lstrip('.') for name in changed)}), and a model is "
+        "trained on its tokens: use another --workdir, or remove the folder if "
+        "nothing was trained yet"
+      )
+
+  def trajectories(self) -> list[data.Trajectory]:
+    """Reads the trajectories to train on: `data.path`, or those collected."""
+    settings = self.given_config.data
+    path = self.trajectories_path()
+    if not path.exists():
       raise ConfigError(
         f"no trajectories at {path}: run `oreo collect` first, or name a file "
         "with --config.data.path=FILE"
       )
-    found = data.load_trajectories(path, on_error=config.data.on_error)
-    if config.data.chat:
-      found = [dataclasses.replace(t, is_chat=True) for t in found]
-    return found
+    trajectories = data.load_trajectories(path, on_error=settings.on_error)
+    if settings.chat:
+      trajectories = [
+        dataclasses.replace(t, is_chat=True) for t in trajectories
+      ]
+    return trajectories
 
-  def trajectories(self) -> list[data.Trajectory]:
-    """Reads the trajectories to train on: `data.path`, or those collected."""
-    return self._trajectories(self.config)
+  def trajectories_path(self) -> pathlib.Path:
+    """Returns where the trajectories to train on are."""
+    own = self.path("collect") / "trajectories.jsonl"
+    return pathlib.Path(self.given_config.data.path or own)
 
-  # --- Stages: done or not.
+  # --- Stages: done or not, and from what.
 
-  def path(self, stage: str) -> pathlib.Path:
-    """Returns the stage's folder."""
-    return self.directory / stage
+  def path(self, folder: str) -> pathlib.Path:
+    """Returns a stage's folder."""
+    return self.directory / folder
 
-  def settings_of(self, stage: str) -> dict[str, Any]:
-    """Returns the settings that the stage's outcome depends on."""
+  def settings_of(self, work: Work) -> dict[str, Any]:
+    """Returns the settings that the outcome of some work depends on."""
     values = to_dict(self.config)
-    kind = stage if stage in _SECTIONS else "train"
-    if kind == "train":
-      # The stage's own name says what it was trained by.
-      values["train"]["objective"] = stage
-    found = {
-      section: {k: v for k, v in values[section].items() if k not in _NO_MATTER}
-      if isinstance(values[section], dict)
-      else values[section]
-      for section in _SECTIONS[kind]
-    }
-    return json.loads(json.dumps(found))
+    return _plain(
+      {
+        name: {k: v for k, v in values[name].items() if k not in _NO_MATTER}
+        if isinstance(values[name], dict)
+        else values[name]
+        for name in work.settings
+      }
+    )
 
-  def is_done(self, stage: str) -> bool:
-    """Returns whether the stage has ended, with the settings of now.
+  def made_from(self, work: Work) -> dict[str, str]:
+    """Returns a digest of every file the outcome of some work depends on."""
+    return {
+      name: files.digest(path)
+      for name, path in sorted(work.reads(self).items())
+      if path.exists()
+    }
+
+  def is_done(self, work: Work, folder: str = "") -> bool:
+    """Returns whether the stage has ended, with what is here now.
+
+    What binds is what was made: a record, or a checkpoint of a stage under
+    way. A start that made nothing binds nobody.
+
+    Args:
+      work: a stage, or a part of one.
+      folder: where it leaves its record; by default its name.
 
     Raises:
-      ConfigError: if it was run, or begun, with other settings.
+      ConfigError: if it was made, or partly made, with other settings or from
+        other files.
     """
-    for name in ("record.json", "begun.json"):
-      path = self.path(stage) / name
-      if not path.exists():
-        continue
-      before = json.loads(path.read_text())["settings"]
-      changed = _difference(before, self.settings_of(stage))
-      if changed:
-        raise ConfigError(
-          f"{path.parent} was made with other settings ({', '.join(changed)}):"
-          " use another --workdir, or --overwrite to do the stage again"
-        )
-      if name == "record.json":
-        return True
+    folder = folder or work.name
+    place = self.path(folder)
+    record, begun = place / RECORD, place / BEGUN
+    if record.exists():
+      self._check_identity(work, files.read_json(record), place)
+      return True
+    if begun.exists() and has_checkpoints(place):
+      self._check_identity(work, files.read_json(begun), place)
     return False
 
-  def begin(self, stage: str) -> "StageRun":
-    """Starts the clock of a stage; see `StageRun`."""
-    folder = self.path(stage)
-    if self.is_chief:
-      folder.mkdir(parents=True, exist_ok=True)
-      begun = {"settings": self.settings_of(stage)}
-      files.write_json(folder / "begun.json", begun)
-    return StageRun(self, stage)
+  def _check_identity(
+    self, work: Work, before: Mapping[str, Any], place: pathlib.Path
+  ) -> None:
+    changed = _difference(before["settings"], self.settings_of(work))
+    if changed:
+      raise ConfigError(
+        f"{place} was made with other settings ({', '.join(changed)}):"
+        " use another --workdir, or --overwrite to do the stage again"
+      )
+    sources = changed_sources(before, self.made_from(work))
+    if sources:
+      raise ConfigError(
+        f"{place} was made from other files ({', '.join(sources)} changed "
+        "since): use another --workdir, or --overwrite to do the stage again"
+      )
 
-  def record(self, stage: str) -> dict[str, Any]:
+  def begin(self, work: Work, folder: str = "") -> StageRun:
+    """Starts a stage: settings are checked by now, and files may be written."""
+    folder = folder or work.name
+    identity = {
+      "settings": self.settings_of(work),
+      "made_from": self.made_from(work),
+    }
+    if self.is_chief:
+      files.write_json(self.path(folder) / BEGUN, identity)
+      save_config(self.config, self.directory / "config.py")
+      self._save_tokenizer()
+    hosts.wait_for_all(f"{folder} begins")
+    return StageRun(self.path(folder), identity)
+
+  def _save_tokenizer(self) -> None:
+    path = self.path("tokenizer")
+    if not path.is_dir():
+      data.save_tokenizer(self.tokenizer, path)
+      files.write_json(path / TOKENIZER_SOURCE, self._tokenizer_source())
+
+  def remove(self, names: Sequence[str]) -> None:
+    """Removes what a stage left, so that it is done again.
+
+    Everything is checked before anything is removed: each name must lie right
+    inside the work directory, which `train.objective=..` would not.
+
+    Args:
+      names: folders and files of the work directory; absent ones are no error.
+
+    Raises:
+      ConfigError: if a name leads out of the work directory.
+    """
+    home = self.directory.resolve()
+    for name in names:
+      place = (home / name).resolve()
+      if place.parent != home:
+        raise ConfigError(
+          f"--overwrite would remove {place}, which is not right inside the "
+          f"work directory {home}: name a stage of it"
+        )
+    if self.is_chief:
+      for name in names:
+        files.remove(home / name)
+    hosts.wait_for_all("what a stage left is removed")
+
+  def record(self, folder: str) -> dict[str, Any]:
     """Returns what a finished stage wrote of itself."""
-    path = self.path(stage) / "record.json"
+    path = self.path(folder) / RECORD
     if not path.exists():
       raise ConfigError(
-        f"{path} is not there: run the stage `{stage}` in this --workdir first"
+        f"{path} is not there: run the stage `{folder}` in this --workdir first"
       )
-    return json.loads(path.read_text())
+    return files.read_json(path)
+
+  def record_path(self, folder: str) -> pathlib.Path:
+    """Returns where a finished stage has its record."""
+    return self.path(folder) / RECORD
 
   # --- Models.
 
-  def save_model(
-    self, stage: str, step: int, params: Params, config: ModelConfig
+  def save_models(
+    self,
+    folder: str,
+    step: int,
+    models_by_role: Mapping[str, Params],
+    config: ModelConfig,
   ) -> None:
-    """Saves whole weights, a dict of models by role, as the stage's outcome."""
-    record = {"model": dataclasses.asdict(config), "roles": sorted(params)}
-    with Checkpoints(self.path(stage) / "model", keep=1) as checkpoints:
-      checkpoints.save(step, params, record)
+    """Saves whole weights, a model a role, as the outcome of a stage."""
+    for role, params in models_by_role.items():
+      place = self.path(folder) / "model" / role
+      with Checkpoints(place, keep=1) as checkpoints:
+        checkpoints.save(step, params, {"model": dataclasses.asdict(config)})
 
-  def load_model(self, stage: str) -> tuple[dict[str, Params], ModelConfig]:
-    """Reads the stage's models by role, straight into their shards."""
-    with Checkpoints(self.path(stage) / "model", keep=1) as checkpoints:
-      record = checkpoints.record()
-      config = from_dict(record["model"], ModelConfig, "model")
+  def roles(self, folder: str) -> list[str]:
+    """Returns the roles whose models a finished stage left."""
+    self.record(folder)
+    place = self.path(folder) / "model"
+    return sorted(p.name for p in place.iterdir() if p.is_dir())
+
+  def load_model(self, folder: str, role: str) -> tuple[Params, ModelConfig]:
+    """Reads one model of a finished stage, straight into its shards."""
+    with Checkpoints(self.path(folder) / "model" / role, keep=1) as checkpoints:
+      config = from_dict(checkpoints.record()["model"], ModelConfig, "model")
       # How to compute is this run's business, what to compute the weights'.
       ours = self.config.model
       config = dataclasses.replace(
         config, dtype=ours.dtype, remat=ours.remat, unroll=ours.unroll
       )
-      abstract = {}
-      for role in record["roles"]:
-        head = "value" if role == "critic" else "lm"
-        shapes = models.abstract_params(config, head=head)
-        axes = models.logical_axes(config, head=head)
-        abstract[role] = abstract_like(
-          shapes, shardings_of(axes, shapes, self.mesh)
-        )
-      return checkpoints.restore(abstract), config
+      head = ROLES[role].head
+      shapes = models.abstract_params(config, head=head)
+      axes = models.logical_axes(config, head=head)
+      shardings = shardings_of(axes, shapes, self.mesh)
+      return checkpoints.restore(abstract_like(shapes, shardings)), config
+
+  def start_record(self) -> pathlib.Path:
+    """Returns the record of the policy training starts from.
+
+    It is absent where that policy is a checkpoint or random.
+    """
+    return self.record_path("sft")
 
   def start_policy(self) -> Params:
     """Returns the policy training starts from: SFT's, `init`'s, or random."""
-    if (self.path("sft") / "record.json").exists():
-      return self.load_model("sft")[0]["policy"]
+    if self.record_path("sft").exists():
+      return self.load_model("sft", "policy")[0]
     return self.initial_policy()
+
+  def base_name(self) -> str:
+    """Returns the checkpoint that adapters trained here belong to.
+
+    Empty when the starting policy is no checkpoint that has a name: after SFT,
+    or in a later round, it exists in this run alone.
+    """
+    return "" if self.path("sft").exists() else self.config.init
 
   def initial_policy(self) -> Params:
     """Returns the weights before any training."""
@@ -274,6 +425,60 @@ class Workspace:
     return draw(jax.random.key(self.config.seed), config=config)
 
 
+class StageRun:
+  """A stage under way; `done` writes the record that ends it."""
+
+  def __init__(self, folder: pathlib.Path, identity: dict[str, Any]):
+    """Starts the clock."""
+    self._folder = folder
+    self._identity = identity
+    self._start = time.monotonic()
+
+  @property
+  def seconds(self) -> float:
+    """Returns how long the stage has been running."""
+    return round(time.monotonic() - self._start, 2)
+
+  def done(self, **figures: Any) -> None:
+    """Marks the stage as finished, with figures worth keeping.
+
+    Call it last: what the record speaks of must be on disk before it.
+    """
+    record = {**self._identity, "seconds": self.seconds, **figures}
+    if hosts.is_chief():
+      files.write_json(self._folder / RECORD, record)
+    # Other processes look for the record next.
+    hosts.wait_for_all(f"{self._folder.name} is done")
+
+
+def has_checkpoints(folder: pathlib.Path) -> bool:
+  """Returns whether a stage under way has saved a step of training."""
+  steps = folder / "checkpoints"
+  return steps.is_dir() and any(p.name.isdigit() for p in steps.iterdir())
+
+
+def changed_sources(
+  before: Mapping[str, Any], now: Mapping[str, str]
+) -> list[str]:
+  """Returns the names of the files that a record was not made from."""
+  made_from = before.get("made_from", {})
+  names = sorted({*made_from, *now})
+  return [name for name in names if made_from.get(name) != now.get(name)]
+
+
+def describe(folder: str, record: Mapping[str, Any]) -> str:
+  """Returns one line with the figures of a record."""
+  figures: dict[str, Any] = {}
+  for key, value in record.items():
+    if key not in ("settings", "made_from"):
+      figures |= value if isinstance(value, dict) else {key: value}
+  cells = [
+    f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+    for key, value in figures.items()
+  ]
+  return f"{folder}: " + "  ".join(cells)
+
+
 def _with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   """Returns the checkpoint's architecture, computed as `model` says."""
   if not init:
@@ -283,32 +488,16 @@ def _with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   return dataclasses.replace(load_hf_config(init), **settings)
 
 
-class StageRun:
-  """A stage under way; `done` writes the record that ends it."""
-
-  def __init__(self, workspace: Workspace, stage: str):
-    """Starts the clock."""
-    self._workspace = workspace
-    self._stage = stage
-    self._start = time.monotonic()
-
-  def done(self, **figures: Any) -> None:
-    """Marks the stage as finished, with figures worth keeping."""
-    record = {
-      "settings": self._workspace.settings_of(self._stage),
-      "seconds": round(time.monotonic() - self._start, 2),
-      **figures,
-    }
-    if self._workspace.is_chief:
-      folder = self._workspace.path(self._stage)
-      files.write_json(folder / "record.json", record)
-    # Other processes look for it next.
-    hosts.wait_for_all(f"{self._stage} is done")
+def _plain(values: Any) -> Any:
+  """Returns the values as JSON gives them back, tuples as lists."""
+  return json.loads(json.dumps(values))
 
 
-def _difference(before: dict, now: dict, path: str = "config") -> list[str]:
+def _difference(
+  before: Mapping[str, Any], now: Mapping[str, Any], path: str = "config"
+) -> list[str]:
   """Returns the dotted names of the settings that differ."""
-  changed = []
+  changed: list[str] = []
   for key in sorted({*before, *now}):
     name = f"{path}.{key}"
     old, new = before.get(key), now.get(key)

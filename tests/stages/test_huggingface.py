@@ -22,8 +22,9 @@ from oreo_jax.config import (
   TrainConfig,
 )
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
-from oreo_jax.stages import evaluate, heldout, pipeline
+from oreo_jax.stages import collect, evaluate, export, sft, train
 from oreo_jax.stages.workspace import Workspace
+from oreo_jax.tasks import Problem
 from oreo_jax.train import OBJECTIVES, full_params, init_state, make_setup
 
 TEMPLATE = (
@@ -97,8 +98,8 @@ def trained(checkpoint, trajectories, tmp_path_factory):
   config = make_config(checkpoint, trajectories)
   workspace = Workspace(config, tmp_path_factory.mktemp("value"))
   with jax.set_mesh(workspace.mesh):
-    pipeline.train_objective(workspace, "value")
-    pipeline.export(workspace)
+    train.train_objective(workspace)
+    export.export(workspace)
   return workspace
 
 
@@ -120,11 +121,11 @@ def test_tokenizer_and_every_end_come_from_the_checkpoint(
   workspace = Workspace(config, tmp_path / "plain")
   assert workspace.tokenizer.chat_template == TEMPLATE
   assert load_eos_ids(checkpoint) == (257, 0)
-  assert workspace.eos_ids == (257, 0)
+  assert workspace.codec.end_ids == (257, 0)
   # A base model under a chat template: the turn's end is none of its EOS.
   config.data.chat = True
   turn = workspace.tokenizer.convert_tokens_to_ids("<|turn|>")
-  assert Workspace(config, tmp_path / "chat").eos_ids == (257, 0, turn)
+  assert Workspace(config, tmp_path / "chat").codec.end_ids == (257, 0, turn)
 
 
 def test_chat_wraps_prompts_and_answers(checkpoint, trajectories, tmp_path):
@@ -138,8 +139,7 @@ def test_chat_wraps_prompts_and_answers(checkpoint, trajectories, tmp_path):
   answer = workspace.tokenizer.decode(sequence.tokens[sequence.action_mask])
   assert answer == f"{trajectory.response}<|turn|>"
   # Sampling starts from the same tokens.
-  problem = pipeline.Problem("0", "0?", "")
-  (prompt,) = pipeline.tokenize_problems(workspace, [problem])
+  (prompt,) = workspace.codec.prompts([Problem("0", "0?")])
   np.testing.assert_array_equal(prompt, sequence.tokens[~sequence.action_mask])
 
 
@@ -158,7 +158,7 @@ def test_value_objective_learns_and_keeps_no_policy(trained):
   assert not any(key.startswith(("policy/", "lr/policy")) for key in rows[0])
   held = trained.record("value")["held_out_values"]
   assert held["heldout/within_problem_auc"] == 1.0
-  assert set(trained.load_model("value")[0]) == {"critic"}
+  assert trained.roles("value") == ["critic"]
 
 
 def test_value_objective_trains_adapters_on_one_copy_of_the_base(checkpoint):
@@ -185,9 +185,9 @@ def test_export_is_the_critic_that_was_trained(trained):
   hf = json.loads((path / "config.json").read_text())
   assert hf["architectures"] == ["Qwen2ForSequenceClassification"]
   params, config = models.load_hf(path)
-  want, found = trained.load_model("value")
-  assert config == found
-  tiny.assert_trees_close(params, want["critic"], rtol=0, atol=0)
+  want, architecture = trained.load_model("value", "critic")
+  assert config == architecture
+  tiny.assert_trees_close(params, want, rtol=0, atol=0)
   assert data.load_tokenizer(path).chat_template == TEMPLATE
   assert "score.weight" in load_file(path / "model.safetensors")
 
@@ -218,13 +218,13 @@ def test_export_holds_the_adapters_alone_too(trained, checkpoint):
 
 def test_export_does_not_overwrite_unasked(trained):
   with pytest.raises(ConfigError, match="--overwrite"):
-    pipeline.export(trained)
+    export.export(trained)
 
 
 def test_export_needs_a_trained_model(checkpoint, trajectories, tmp_path):
   workspace = Workspace(make_config(checkpoint, trajectories), tmp_path)
   with pytest.raises(ConfigError, match="run the stage `value`"):
-    pipeline.export(workspace)
+    export.export(workspace)
 
 
 def test_exported_policy_starts_another_run(checkpoint, trajectories, tmp_path):
@@ -233,13 +233,13 @@ def test_exported_policy_starts_another_run(checkpoint, trajectories, tmp_path):
   )
   workspace = Workspace(config, tmp_path / "first")
   with jax.set_mesh(workspace.mesh):
-    pipeline.train_objective(workspace, "rejection")
-    pipeline.export(workspace)
+    train.train_objective(workspace)
+    export.export(workspace)
   policy = workspace.path("export") / "policy"
-  assert load_eos_ids(policy) == workspace.eos_ids
+  assert load_eos_ids(policy) == workspace.codec.end_ids
   again = Workspace(make_config(policy, trajectories), tmp_path / "second")
   assert again.config.model == workspace.config.model
-  want = workspace.load_model("rejection")[0]["policy"]
+  want = workspace.load_model("rejection", "policy")[0]
   tiny.assert_trees_close(again.start_policy(), want, rtol=0, atol=0)
 
 
@@ -252,16 +252,16 @@ def test_evaluation_without_a_task_judges_the_value(trained):
   with jax.set_mesh(trained.mesh):
     results = evaluate.evaluate(trained)
   scores = {row["name"]: row for row in results["value_scores"]["scores"]}
-  value = scores[heldout.VALUE]
+  value = scores[evaluate.VALUE]
   assert value["within_auc"] == value["pooled_auc"] == 1.0
   # Before the answer nothing tells one answer from another.
-  assert scores[heldout.START]["within_auc"] == 0.5
+  assert scores[evaluate.START]["within_auc"] == 0.5
   assert results["problems"] == 6 and results["methods"] == []
   assert results["values"]["pooled_auc"][-1] == 1.0
   assert report.read_results(trained.directory) == results
   assert "AUC within" in report.format_table(results)
   page = report.write_report(trained.directory).read_text()
-  assert heldout.LOGP in page and "Accuracy</h2>" not in page
+  assert evaluate.LOGP in page and "Accuracy</h2>" not in page
 
 
 def test_scores_of_answers_do_not_depend_on_packing(trained):
@@ -270,21 +270,23 @@ def test_scores_of_answers_do_not_depend_on_packing(trained):
   # Too long for a row: it gets a longer one.
   long = data.Trajectory.from_text("x" * 40, "y" * 50, 0.0, problem="long")
   sequences += data.tokenize_trajectories([long], trained.tokenizer)
-  critic = trained.load_model("value")[0]["critic"]
+  critic = trained.load_model("value", "critic")[0]
   base, model = trained.start_policy(), trained.config.model
   with jax.set_mesh(trained.mesh):
-    found = heldout.score_answers(trained, sequences, critic, base, model)
+    along, answer_logps = evaluate.score_trajectories(
+      trained, sequences, "value"
+    )
   for index in (0, len(sequences) - 1):
     sequence = sequences[index]
     tokens = jax.numpy.asarray(sequence.tokens[None])
     hidden = models.apply(critic, tokens, model).hidden
     want = np.asarray(models.values(critic, hidden))[0, :-1]
     mask = sequence.action_mask[1:]
-    np.testing.assert_allclose(found[index].values, want[mask], atol=1e-5)
+    np.testing.assert_allclose(along[index], want[mask], atol=1e-5)
     hidden = models.apply(base, tokens, model).hidden
     logits = models.logits(base, hidden, model)[0, :-1]
     logps = jax.nn.log_softmax(logits)[np.arange(len(mask)), tokens[0, 1:]]
-    np.testing.assert_allclose(found[index].logps, logps[mask], atol=1e-4)
+    np.testing.assert_allclose(answer_logps[index], logps[mask], atol=1e-4)
 
 
 def test_stages_of_a_chat_model_on_a_local_file(checkpoint, tmp_path):
@@ -304,8 +306,8 @@ def test_stages_of_a_chat_model_on_a_local_file(checkpoint, tmp_path):
   config.collect.max_new_tokens = 4
   workspace = Workspace(config, tmp_path / "run")
   with jax.set_mesh(workspace.mesh):
-    pipeline.sft(workspace)
-    pipeline.collect(workspace)
+    sft.fine_tune(workspace)
+    collect.collect(workspace)
   assert workspace.record("sft")["demonstrations"] > 0
   for trajectory in workspace.trajectories():
     assert trajectory.is_chat and trajectory.turns[0].role == "user"

@@ -17,6 +17,8 @@ from oreo_jax.config import (
   TaskConfig,
 )
 from oreo_jax.stages import iterate
+from oreo_jax.stages.branch import Branch, Origin
+from oreo_jax.stages.rounds import round_config
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train.checkpoint import Checkpoints
 
@@ -77,19 +79,19 @@ def test_a_round_starts_where_the_last_one_ended(rounds):
   config = dataclasses.replace(tiny_run(), rounds=2)
   whole = Workspace(config, directory)
   with jax.set_mesh(whole.mesh):
-    first = iterate.Branch(
-      iterate.round_config(config, 1),
+    first = Branch(
+      round_config(config, 1),
       directory / "round1",
-      iterate.Origin(whole),
+      Origin(whole),
     )
-    second = iterate.Branch(
-      iterate.round_config(config, 2),
+    second = Branch(
+      round_config(config, 2),
       directory / "round2",
-      iterate.Origin(first, "oreo"),
+      Origin(first, "oreo"),
     )
     sft = leaves(whole.start_policy())
     start = leaves(second.start_policy())
-    trained = leaves(first.load_model("oreo")[0]["policy"])
+    trained = leaves(first.load_model("oreo", "policy")[0])
     before = leaves(first.start_policy())
   jax.tree.map(np.testing.assert_array_equal, before, sft)
   jax.tree.map(np.testing.assert_array_equal, start, trained)
@@ -132,14 +134,13 @@ def test_the_critic_can_go_on(rounds, tmp_path):
   # The state that round 2 began with, and the model that round 1 ended with.
   for path, step in (
     ("round2/oreo/checkpoints", 0),
-    ("round1/oreo/model", None),
+    ("round1/oreo/model/critic", None),
   ):
     with Checkpoints(copy / path) as checkpoints:
       args = ocp.args.Composite(tree=ocp.args.StandardRestore())
       tree = checkpoints._manager.restore(step, args=args)["tree"]
-    heads.append(
-      np.asarray((tree.get("params") or tree)["critic"]["value_head"])
-    )
+    critic = tree["params"]["critic"] if "params" in tree else tree
+    heads.append(np.asarray(critic["value_head"]))
   assert np.abs(heads[0]).max() > 0
   np.testing.assert_array_equal(*heads)
 
@@ -152,12 +153,12 @@ def test_other_settings_are_noticed(rounds, tmp_path):
 
 def test_seeds_and_problems_of_a_round():
   config = dataclasses.replace(tiny_run(), round_problems="fresh")
-  first, third = (iterate.round_config(config, n) for n in (1, 3))
+  first, third = (round_config(config, n) for n in (1, 3))
   assert first == config
   assert third.collect.skip == 2 * config.collect.problems
   assert third.collect.seed != first.collect.seed
   assert third.train.seed != first.train.seed
-  same = iterate.round_config(tiny_run(), 3)
+  same = round_config(tiny_run(), 3)
   assert same.collect.skip == config.collect.skip
 
 

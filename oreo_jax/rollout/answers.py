@@ -1,0 +1,149 @@
+"""A policy answers problems: sample, decode to text, grade.
+
+The functions take models, arrays and a `Codec`, never a work directory, so that
+any stage or a user's own script can call them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from oreo_jax import data, decode, hosts
+from oreo_jax.config import ModelConfig
+from oreo_jax.models import Params
+from oreo_jax.progress import Progress
+from oreo_jax.rollout.codec import Codec
+from oreo_jax.tasks import Problem, Task
+
+
+class Answers(NamedTuple):
+  """Graded answers to n problems, `samples` each, those of one side by side."""
+
+  problems: Sequence[Problem]  # n
+  generation: decode.Generation  # n * samples rows
+  texts: list[str]  # n * samples
+  rewards: np.ndarray  # f32[n * samples]; 0 for an answer that was cut off
+  seconds: float  # sampling and decoding, without grading
+
+  @property
+  def samples(self) -> int:
+    """Returns how many answers each problem has."""
+    return len(self.texts) // len(self.problems)
+
+  @property
+  def problem_ids(self) -> list[str]:
+    """Returns the id of each answer's problem."""
+    return [p.id for p in self.problems for _ in range(self.samples)]
+
+  def table(self, figures: np.ndarray) -> np.ndarray:
+    """Lays one figure an answer out as [problems, samples]."""
+    return np.asarray(figures).reshape(len(self.problems), self.samples)
+
+  def _sampled(self, index: int) -> data.Sampled:
+    """Returns the tokens of an answer, its end token among them."""
+    length = int(self.generation.lengths[index])
+    return data.Sampled(
+      self.generation.tokens[index, :length].tolist(),
+      self.generation.logps[index, :length].tolist(),
+    )
+
+  def trajectories(self, codec: Codec) -> list[data.Trajectory]:
+    """Returns all answers as trajectories, blank and cut-off ones too.
+
+    A blank answer is a legal failure: it counts in the success rate, and what
+    it teaches is not to end at once.
+    """
+    trajectories = []
+    for index, (text, reward, finished) in enumerate(
+      zip(self.texts, self.rewards, self.generation.finished, strict=True)
+    ):
+      problem = self.problems[index // self.samples]
+      trajectories.append(
+        codec.trajectory(
+          problem,
+          text,
+          float(reward),
+          id=f"{problem.id}/{index % self.samples}",
+          truncated=not finished,
+          sampled=(self._sampled(index),),
+        )
+      )
+    return trajectories
+
+
+def answer_problems(
+  policy: Params,
+  problems: Sequence[Problem],
+  task: Task,
+  codec: Codec,
+  config: ModelConfig,
+  *,
+  seed: int,
+  description: str,
+  num_samples: int = 1,
+  sampler: decode.Sampler = decode.GREEDY,
+  **options: Any,
+) -> Answers:
+  """Samples answers to problems and grades them, with a progress bar.
+
+  Args:
+    policy: what is sampled from.
+    problems: n of them.
+    task: grades the answers.
+    codec: makes prompts of problems and text of tokens.
+    config: the policy's architecture.
+    seed: of the draws.
+    description: shown beside the progress bar.
+    num_samples: answers a problem.
+    sampler: how tokens are drawn.
+    **options: of `decode.generate_all`, such as `max_new_tokens`.
+
+  Returns:
+    The n * num_samples answers, those of one problem side by side.
+  """
+  start = time.monotonic()
+  with Progress(
+    len(problems), description, unit="problem", enabled=hosts.is_chief()
+  ) as progress:
+    generation = decode.generate_all(
+      policy,
+      codec.prompts(problems),
+      jax.random.key(seed),
+      config,
+      eos_ids=codec.end_ids,
+      num_samples=num_samples,
+      sampler=sampler,
+      on_progress=progress.update,
+      **options,
+    )
+  texts = codec.texts(generation)
+  seconds = time.monotonic() - start
+  rewards = grade_texts(task, problems, texts, generation.finished)
+  return Answers(problems, generation, texts, rewards, seconds)
+
+
+def grade_texts(
+  task: Task,
+  problems: Sequence[Problem],
+  texts: Sequence[str],
+  finished: np.ndarray,
+) -> np.ndarray:
+  """Grades answers, those of one problem side by side.
+
+  Args:
+    task: the verifier.
+    problems: n of them.
+    texts: n * samples answers.
+    finished: bool[n * samples]; an answer that was cut off earns 0.
+
+  Returns:
+    f32[n * samples].
+  """
+  samples = len(texts) // len(problems)
+  repeated = [problem for problem in problems for _ in range(samples)]
+  return task.grade(repeated, texts) * finished

@@ -1,0 +1,162 @@
+"""The one door between text and tokens.
+
+Everything that turns problems into prompts, sampled tokens into answers or
+trajectories into sequences goes through a `Codec`, so that sampling, training
+and search agree on the chat template, the tokens that end an answer and the
+places where a reasoning step ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from oreo_jax import data
+from oreo_jax.config import DataConfig
+from oreo_jax.decode import Generation, stops
+from oreo_jax.tasks import Problem
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+  """A tokenizer and what this run has settled about its use.
+
+  Attributes:
+    tokenizer: a fast tokenizer.
+    chat: prompt and answer go through the tokenizer's chat template.
+    end_ids: tokens that end an answer; a chat model has several.
+    delimiters: where a reasoning step ends, a key of `stops.DELIMITERS`.
+    vocab_size: of the models, which may be larger than the tokenizer's.
+  """
+
+  tokenizer: PreTrainedTokenizerBase
+  chat: bool
+  end_ids: tuple[int, ...]
+  delimiters: str
+  vocab_size: int
+
+  @classmethod
+  def make(
+    cls,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataConfig,
+    vocab_size: int,
+    *,
+    end_ids: Iterable[int] = (),
+  ) -> Codec:
+    """Makes the codec of a run.
+
+    Args:
+      tokenizer: a fast tokenizer.
+      settings: `chat` and `delimiters` are read.
+      vocab_size: of the models.
+      end_ids: tokens that end an answer besides the tokenizer's own, such as
+        those that a checkpoint's generation settings name.
+    """
+    ends = [tokenizer.eos_token_id, *end_ids]
+    if settings.chat:
+      turns = (data.Turn("user", "a"), data.Turn("assistant", "b"))
+      chat = data.Trajectory(turns, 0.0, is_chat=True)
+      # An answer's last token is what the chat template ends a turn with.
+      ends.append(int(data.tokenize_trajectory(chat, tokenizer).tokens[-1]))
+    unique = dict.fromkeys(token for token in ends if token is not None)
+    return cls(
+      tokenizer,
+      settings.chat,
+      tuple(unique),
+      settings.delimiters,
+      vocab_size,
+    )
+
+  @functools.cached_property
+  def stops(self) -> stops.Stops:
+    """Returns the automaton that says where a step ends, made once."""
+    delimiters = stops.DELIMITERS[self.delimiters]
+    return stops.make_stops(self.tokenizer, delimiters, self.vocab_size)
+
+  def step_ends(self, tokens: np.ndarray) -> np.ndarray:
+    """Returns bool[n]: which tokens i32[n] of an answer end a step."""
+    return stops.step_ends(self.stops, tokens)
+
+  def prompts(self, problems: Sequence[Problem]) -> list[np.ndarray]:
+    """Returns i32[L] a problem: the tokens an answer is sampled after.
+
+    They are the same tokens that precede the answer in a trajectory trained on.
+    """
+    return [
+      data.tokenize_prompt(
+        [data.Turn("user", problem.prompt)] if self.chat else problem.prompt,
+        self.tokenizer,
+      )
+      for problem in problems
+    ]
+
+  def texts(self, answers: Generation) -> list[str]:
+    """Returns the text of each answer, without special tokens."""
+    return [self.text(tokens) for tokens in answers.answers()]
+
+  def text(self, tokens: np.ndarray) -> str:
+    """Returns the text of some tokens, without special tokens."""
+    return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+  def step_starts(self, tokens: np.ndarray) -> np.ndarray:
+    """Returns i64[steps]: where the steps of an answer begin.
+
+    Args:
+      tokens: i32[n], an answer without its end token.
+    """
+    ended = self.step_ends(tokens)
+    starts = np.flatnonzero(ended[:-1]) + 1
+    return np.concatenate([[0], starts]) if len(tokens) else starts
+
+  def trajectory(
+    self, problem: Problem, response: str, reward: float, **fields: Any
+  ) -> data.Trajectory:
+    """Returns a response to a problem as a trajectory, a chat if `chat`.
+
+    Args:
+      problem: what was asked.
+      response: the text of the answer.
+      reward: what the answer earned at its end.
+      **fields: further fields of `data.Trajectory`.
+    """
+    return data.Trajectory.from_text(
+      problem.prompt,
+      response,
+      reward,
+      problem=problem.id,
+      is_chat=self.chat,
+      **fields,
+    )
+
+  def tokenize(
+    self,
+    trajectories: Sequence[data.Trajectory],
+    *,
+    granularity: str = "token",
+    **options: Any,
+  ) -> list[data.Tokenized]:
+    """Tokenises trajectories with the masks of a granularity.
+
+    Args:
+      trajectories: to tokenise.
+      granularity: what one action is: "token", "step" or "response".
+      **options: of `data.tokenize_trajectories`.
+
+    Returns:
+      The sequences, in order.
+    """
+    return data.tokenize_trajectories(
+      trajectories,
+      self.tokenizer,
+      granularity=granularity,
+      step_ends=self.step_ends,
+      **options,
+    )

@@ -1,0 +1,86 @@
+"""`oreo collect`: samples trajectories and has the task grade them."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+from absl import logging
+
+from oreo_jax import data, decode
+from oreo_jax.config import ConfigError
+from oreo_jax.data import construct
+from oreo_jax.rollout import answer_problems
+from oreo_jax.stages.stage import Say, Stage
+from oreo_jax.stages.workspace import Workspace, describe
+
+
+def run(workspace: Workspace, say: Say) -> None:
+  """Collects trajectories; a stage that is done is left alone."""
+  collect(workspace)
+  say(describe("collect", workspace.record("collect")))
+
+
+def collect(workspace: Workspace) -> None:
+  """Samples answers to training problems and writes them graded."""
+  if workspace.task is None:
+    raise ConfigError(
+      "the collect stage needs problems: set --config.task.name, or bring "
+      "trajectories with --config.data.path=FILE"
+    )
+  if workspace.is_done(COLLECT):
+    return logging.info("collect is done: %s", workspace.path("collect"))
+  settings = workspace.config.collect
+  end = settings.skip + settings.problems if settings.problems else None
+  problems = workspace.task.problems("train", end)[settings.skip :]
+  stage_run = workspace.begin(COLLECT)
+  answers = answer_problems(
+    workspace.start_policy(),
+    problems,
+    workspace.task,
+    workspace.codec,
+    workspace.config.model,
+    description="collect",
+    seed=settings.seed,
+    num_samples=settings.samples,
+    max_new_tokens=settings.max_new_tokens,
+    batch_size=settings.batch_size,
+    sampler=decode.Sampler(
+      settings.temperature, settings.top_k, settings.top_p
+    ),
+  )
+  sampled = answers.trajectories(workspace.codec)
+  chosen = (
+    construct.select_balanced(sampled, seed=settings.seed)
+    if settings.select == "balanced"
+    else sampled
+  )
+  if workspace.is_chief:
+    data.save_trajectories(
+      workspace.path("collect") / "trajectories.jsonl", chosen
+    )
+  generation = answers.generation
+  stage_run.done(
+    problems=len(problems),
+    sampled=len(sampled),
+    kept=len(chosen),
+    success=float(np.mean(answers.rewards)),
+    truncated=float(1.0 - generation.finished.mean()),
+    blank=sum(not text.strip() for text in answers.texts),
+    tokens_per_second=float(generation.lengths.sum() / answers.seconds),
+  )
+  return None
+
+
+def _reads(workspace: Workspace) -> dict[str, pathlib.Path]:
+  return {"start": workspace.start_record()}
+
+
+COLLECT = Stage(
+  name="collect",
+  summary="samples and grades trajectories",
+  run=run,
+  settings=("seed", "init", "model", "task", "data", "collect"),
+  reads=_reads,
+  leaves=lambda config: ("collect",),
+)

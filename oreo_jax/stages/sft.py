@@ -1,0 +1,55 @@
+"""`oreo sft`: supervised fine-tuning on the task's demonstrations."""
+
+from __future__ import annotations
+
+from absl import logging
+
+from oreo_jax.config import ConfigError
+from oreo_jax.stages import fitting
+from oreo_jax.stages.stage import Say, Stage
+from oreo_jax.stages.workspace import Workspace, describe
+from oreo_jax.train import OBJECTIVES
+
+
+def run(workspace: Workspace, say: Say) -> None:
+  """Fine-tunes the starting policy; a stage that is done is left alone."""
+  fine_tune(workspace)
+  say(describe("sft", workspace.record("sft")))
+
+
+def fine_tune(workspace: Workspace) -> None:
+  """Fine-tunes the starting policy on the task's demonstrations."""
+  if workspace.task is None:
+    raise ConfigError(
+      "the sft stage needs demonstrations: set --config.task.name, or start "
+      "from a checkpoint with --config.init=DIR"
+    )
+  if workspace.is_done(SFT):
+    return logging.info("sft is done: %s", workspace.path("sft"))
+  config = workspace.config
+  demonstrations = [
+    workspace.codec.trajectory(problem, answer, 1.0, id=problem.id)
+    for problem, answer in workspace.task.demonstrations(
+      config.sft.examples or None
+    )
+  ]
+  sequences = fitting.tokenize(workspace, demonstrations)
+  stage_run = workspace.begin(SFT)
+  fitted = fitting.fit(
+    workspace, OBJECTIVES["sft"], sequences, workspace.initial_policy()
+  )
+  stage_run.done(
+    steps=fitted.steps,
+    demonstrations=fitted.sequences,
+    too_long=len(demonstrations) - fitted.sequences + fitted.dropped,
+  )
+  return None
+
+
+SFT = Stage(
+  name="sft",
+  summary="fine-tunes on the task's demonstrations",
+  run=run,
+  settings=("seed", "init", "model", "task", "data", "sft"),
+  leaves=lambda config: ("sft", "tokenizer"),
+)

@@ -1,0 +1,31 @@
+"""What a stage is: work that leaves a record, and a command that does it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from oreo_jax.config import Config
+from oreo_jax.stages.workspace import Work, Workspace
+
+# Prints one message for the user; a stage says what it did with it.
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage(Work):
+  """Work that is a command: a row of the table `stages.STAGES`.
+
+  `oreo NAME` runs it, the usage lists it, and `--overwrite` removes what it
+  leaves.
+
+  Attributes:
+    summary: one line for the usage.
+    run: does the work and says what came out; a stage that is done returns at
+      once.
+    leaves: names in the work directory that `--overwrite` removes.
+  """
+
+  summary: str
+  run: Callable[[Workspace, Say], None]
+  leaves: Callable[[Config], tuple[str, ...]]
