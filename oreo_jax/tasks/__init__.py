@@ -26,7 +26,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def get_task(name: str, **options) -> Task:
+def get_task(name: str, **options: Any) -> Task:
   """Builds a task by name.
 
   Args:

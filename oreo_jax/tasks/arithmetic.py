@@ -27,11 +27,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from oreo_jax.tasks.drawing import draw_distinct
+from oreo_jax.tasks.expression_shapes import expression_shapes
 from oreo_jax.tasks.task import SPLITS, Problem, check_pairs, check_split
 from oreo_jax.tasks.vocabulary import make_character_tokenizer
 
@@ -47,7 +48,9 @@ VARIANTS = {
   "hard": {"operations": 5, "max_value": 9999},
 }
 
-_CHUNK = 4096  # expressions drawn at a time; part of what a seed means
+# Expressions drawn at a time. Another number would give other problems for the
+# same seed.
+_CHUNK = 4096
 _STEP = re.compile(r"(-?\d+)([-+*])(-?\d+)=(-?\d+)")
 _FINAL = re.compile(r"=(-?\d+)\n?\Z")
 _INNER = re.compile(r"\((-?\d+)([-+*])(-?\d+)\)|\A(-?\d+)([-+*])(-?\d+)\Z")
@@ -95,7 +98,7 @@ class ArithmeticTask:
     default=("\n",), init=False
   )
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 1 <= self.operations <= 6:
       raise ValueError(
         f"arithmetic operations must be 1 to 6; got {self.operations}"
@@ -191,7 +194,8 @@ class ArithmeticTask:
     operators = random.integers(len(OPERATORS), size=(_CHUNK, k))
     leaves = random.integers(10, 100, (_CHUNK, k + 1))
     small = random.integers(2, 10, (_CHUNK, k))
-    # Only a leaf can be a one-digit factor; other products become sums.
+    # A product takes a one-digit number on its right. Only a leaf (a value
+    # numbered up to K) can be one, so that other products become sums.
     product = operators == OPERATORS.index("*")
     factor = operands[:, :, 1]
     operators[product & (factor > k)] = OPERATORS.index("+")
@@ -199,7 +203,8 @@ class ArithmeticTask:
       chosen = product[:, step] & (factor[:, step] <= k)
       leaves[rows[chosen], factor[chosen, step]] = small[chosen, step]
     drawn = _Expressions(leaves, operators, operands)
-    # Every subset of steps at which a carry may be forgotten; 0 is none.
+    # The teacher may forget to carry at any subset of the steps. Work the
+    # expressions out for each: row 0 is the empty subset, the right results.
     subsets = (np.arange(2**k)[:, None] >> np.arange(k)) & 1 == 1
     results = np.stack(
       [self._run(drawn, np.tile(subset, (_CHUNK, 1))) for subset in subsets],
@@ -207,6 +212,7 @@ class ArithmeticTask:
     )  # [N, subset, step]
     fits = (results[:, 0] >= 10) & (results[:, 0] <= self.max_value)
     wanted = fits.all(axis=1) & (results >= 0).all(axis=(1, 2))
+    # Forgotten carries that cancel would reward an answer with wrong steps.
     wrong = (results != results[:, :1]).any(axis=2)
     lucky = wrong & (results[:, :, -1] == results[:, :1, -1])
     wanted &= ~lucky.any(axis=1)
@@ -252,8 +258,8 @@ class ArithmeticTask:
 
   @functools.cached_property
   def _shapes(self) -> np.ndarray:
-    """Returns int[S, K, 2]: the operands of every shape of expression."""
-    return np.array([_number(tree) for tree in _trees(self.operations)])
+    """int[S, K, 2]: the operands of every shape of expression."""
+    return expression_shapes(self.operations)
 
   def _as_problems(self, split: str, drawn: _Expressions) -> list[Problem]:
     exact = self._run(drawn, np.zeros(drawn.operators.shape, bool))
@@ -271,7 +277,7 @@ class ArithmeticTask:
     return problems
 
 
-def make_arithmetic(variant: str = "default", **options) -> ArithmeticTask:
+def make_arithmetic(variant: str = "default", **options: Any) -> ArithmeticTask:
   """Makes the task: a variant's options, then the caller's over them."""
   if variant not in VARIANTS:
     raise ValueError(
@@ -279,38 +285,6 @@ def make_arithmetic(variant: str = "default", **options) -> ArithmeticTask:
       f"got {variant!r}"
     )
   return ArithmeticTask(**(VARIANTS[variant] | options))
-
-
-def _trees(operations: int) -> list:
-  """Returns every binary tree with that many inner nodes; a leaf is None."""
-  if operations == 0:
-    return [None]
-  return [
-    (left, right)
-    for k in range(operations)
-    for left in _trees(k)
-    for right in _trees(operations - 1 - k)
-  ]
-
-
-def _number(tree) -> list[tuple[int, int]]:
-  """Returns the operands of each inner node, children before parents."""
-  nodes = []
-
-  def count(node) -> int:
-    return 0 if node is None else 1 + count(node[0]) + count(node[1])
-
-  total, leaves = count(tree), iter(range(count(tree) + 1))
-
-  def visit(node) -> int:
-    if node is None:
-      return next(leaves)
-    operands = (visit(node[0]), visit(node[1]))
-    nodes.append(operands)
-    return total + len(nodes)
-
-  visit(tree)
-  return nodes
 
 
 def _apply(operator: str, first: int, second: int) -> int:

@@ -7,9 +7,9 @@ as `<<48/2=24>>`, which are taken out unless asked for.
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from oreo_jax.tasks.grading.answers import MARKERS, extract_answer
-from oreo_jax.tasks.grading.grader import MathGrader
+from oreo_jax.tasks.grading import MARKERS, MathGrader, extract_answer
 from oreo_jax.tasks.question_task import Example, QuestionTask
 from oreo_jax.tasks.rows import Row, field, read_rows
 
@@ -25,7 +25,7 @@ def make_gsm8k(
   prompt: str = "plain",
   answer_format: str = "####",
   keep_annotations: bool = False,
-  **grader_options,
+  **grader_options: Any,
 ) -> QuestionTask:
   r"""Makes the task.
 

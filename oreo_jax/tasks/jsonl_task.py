@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from oreo_jax.tasks.grading.answers import MARKERS, extract_answer
-from oreo_jax.tasks.grading.grader import MathGrader
+from oreo_jax.tasks.grading import MARKERS, MathGrader, extract_answer
 from oreo_jax.tasks.question_task import Example, QuestionTask
 from oreo_jax.tasks.rows import Row, field, read_rows
 
@@ -19,19 +19,19 @@ from oreo_jax.tasks.rows import Row, field, read_rows
 class ExactGrader:
   """Compares answers as text, but for white space at the ends.
 
-  The answer is what follows the last marker; without one it is the whole
-  response.
+  The answer is what follows the last marker; without one the response is the
+  answer.
 
   Attributes:
     counts: stays empty, as texts can always be compared.
   """
 
-  def __init__(self, *, markers: Sequence[str] = MARKERS):
+  def __init__(self, *, markers: Sequence[str] = MARKERS) -> None:
     self.counts: collections.Counter[str] = collections.Counter()
     self._markers = tuple(markers)
 
   def extract(self, response: str) -> str:
-    """Returns the final answer, or the whole response."""
+    """Returns the final answer, or all of a response without a marker."""
     return extract_answer(response, self._markers) or response.strip()
 
   def grade_responses(
@@ -53,12 +53,12 @@ def make_jsonl(
   prompt: str = "{question}",
   grading: str = "math",
   step_delimiters: Sequence[str] = ("\n",),
-  **grader_options,
+  **grader_options: Any,
 ) -> QuestionTask:
   """Makes the task.
 
   Args:
-    path: file or directory (see `data.records`); without files a split,
+    path: file or folder (see `data.records`); without files a split,
       problems are split 8:1:1 by a hash of their prompt.
     prompt: a key of `question_task.PROMPTS` or a text with `{question}`.
     grading: `math` (see `MathGrader`) or `exact` (see `ExactGrader`).

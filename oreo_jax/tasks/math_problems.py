@@ -7,9 +7,9 @@ an `answer` column, as MATH-500 has it, is used when it is there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from oreo_jax.tasks.grading.answers import extract_answer
-from oreo_jax.tasks.grading.grader import MathGrader
+from oreo_jax.tasks.grading import MathGrader, extract_answer
 from oreo_jax.tasks.question_task import Example, QuestionTask
 from oreo_jax.tasks.rows import Row, field, read_rows
 
@@ -22,7 +22,7 @@ def make_math(
   levels: Sequence[int] = (),
   types: Sequence[str] = (),
   prompt: str = "boxed",
-  **grader_options,
+  **grader_options: Any,
 ) -> QuestionTask:
   r"""Makes the task.
 
@@ -43,7 +43,7 @@ def make_math(
       other = read_rows(test_path)
       # A set with one split is a test set, whatever the split is called.
       rows["test"] = other["test"] if "test" in other else _only(other)
-    return {name: [r for r in part if keep(r)] for name, part in rows.items()}
+    return {split: [row for row in rows[split] if keep(row)] for split in rows}
 
   def keep(row: Row) -> bool:
     if types and row.fields.get("type", row.fields.get("subject")) not in types:
@@ -71,8 +71,10 @@ def make_math(
 
 
 def _only(rows: dict[str, list[Row]]) -> list[Row]:
+  """Returns the rows of a data set that has a single split."""
   if len(rows) != 1:
     raise ValueError(
-      f"test_path must have a test split or a single one; got {list(rows)}"
+      "test_path must name a data set with a test split or a single one "
+      f"(--config.task.options.test_path); it has {', '.join(rows)}"
     )
   return next(iter(rows.values()))

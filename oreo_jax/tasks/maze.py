@@ -28,7 +28,7 @@ import dataclasses
 import functools
 import string
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,7 +56,8 @@ VARIANTS = {
 }
 
 _FAR = 10_000  # distance of cells the goal cannot be reached from
-_CHUNK = 4096  # maps drawn at a time; part of what a seed means
+# Maps drawn at a time. Another number would give other maps for the same seed.
+_CHUNK = 4096
 
 _STEPS = np.array(list(DIRECTIONS.values()))  # [4, 2] column, row
 _WORDS = tuple(DIRECTIONS)
@@ -107,7 +108,7 @@ class MazeTask:
     default=("\n",), init=False
   )
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 2 <= self.size <= 9:
       raise ValueError(f"maze size must be 2 to 9; got {self.size}")
     if not 0 <= self.walls <= self.size**2 - 2:
@@ -149,7 +150,7 @@ class MazeTask:
   ) -> np.ndarray:
     """Returns f32[n]: 1 for a legal path to the goal, else 0."""
     check_pairs(problems, responses)
-    maps = {}
+    maps: dict[str, tuple[str, str, frozenset[str]]] = {}
     rewards = np.zeros(len(problems), np.float32)
     for i, (problem, response) in enumerate(
       zip(problems, responses, strict=True)
@@ -168,7 +169,7 @@ class MazeTask:
     return {}
 
   def final_answer(self, response: str) -> str:
-    """Returns the whole path: two answers agree if they walk the same way."""
+    """Returns the path: two answers agree if they walk the same way."""
     return response.strip()
 
   def make_tokenizer(self) -> PreTrainedTokenizerFast:
@@ -188,7 +189,7 @@ class MazeTask:
   def _lines(self) -> dict[str, dict[str, str]]:
     """Cell name -> legal line -> cell that the line enters."""
     names, n = self._cell_names, self.size
-    lines = {}
+    lines: dict[str, dict[str, str]] = {}
     for cell, name in enumerate(names):
       row, column = divmod(cell, n)
       lines[name] = {}
@@ -264,7 +265,9 @@ class MazeTask:
     distances = np.full((count, n * n), _FAR, np.int32)
     distances[rows, goal] = 0
     while True:
-      # What a neighbour offers; walls are not entered, so they offer nothing.
+      # A cell takes the least distance that a neighbour offers, and one more.
+      # A wall offers none, as no path leads through it; the frame of two extra
+      # rows and columns stands for the edge of the map.
       offered = np.full((count, n + 2, n + 2), _FAR, np.int32)
       offered[:, 1:-1, 1:-1] = np.where(closed, _FAR, distances).reshape(
         count, n, n
@@ -287,7 +290,7 @@ class MazeTask:
     closed = np.zeros((count, n * n), bool)
     closed[rows[:, None], maps.walls] = True
     cell, goal = maps.start.copy(), maps.goal
-    lines = [[] for _ in range(count)]
+    lines: list[list[str]] = [[] for _ in range(count)]
     for _ in range(self.max_moves):
       walking = np.flatnonzero(cell != goal)
       if not len(walking):
@@ -300,11 +303,13 @@ class MazeTask:
       seen = np.where(closed[walking[:, None], after], _FAR, seen)
       aim = goal[walking, None]
       blind = np.abs(column - aim % n) + np.abs(row - aim // n)
-      # Shut in by walls, there is nothing to remember.
+      # Where no neighbour leads to the goal, no path is there to be followed
+      # and the teacher steps as if it had forgotten the walls.
       forgets = random.random(len(walking)) < self.forget
       forgets |= np.where(inside, seen, _FAR).min(axis=1) >= _FAR
       cost = np.where(forgets[:, None], blind, seen)
-      # Ties are broken at random: costs are integers, the noise below 1.
+      # Costs are integers and the noise is below 1, so that it only decides
+      # between equal costs.
       noise = random.random((len(walking), len(_STEPS)))
       choice = (np.where(inside, cost, 2 * _FAR) + noise).argmin(axis=1)
       cell[walking] = after[np.arange(len(walking)), choice]
@@ -315,7 +320,7 @@ class MazeTask:
 
   def _as_problems(self, split: str, maps: _Maps) -> list[Problem]:
     names = self._cell_names
-    problems = []
+    problems: list[Problem] = []
     for start, goal, walls in zip(
       maps.start.tolist(), maps.goal.tolist(), maps.walls.tolist(), strict=True
     ):
@@ -327,7 +332,7 @@ class MazeTask:
     return problems
 
 
-def make_maze(variant: str = "default", **options) -> MazeTask:
+def make_maze(variant: str = "default", **options: Any) -> MazeTask:
   """Makes a maze task: a variant's options, then the caller's over them."""
   if variant not in VARIANTS:
     raise ValueError(

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from oreo_jax.tasks.grading.compare import vote_key
+from oreo_jax.tasks.grading import vote_key
 from oreo_jax.tasks.rows import Row, split_rows
 from oreo_jax.tasks.task import Problem, check_pairs, check_split
 
@@ -79,7 +79,7 @@ class QuestionTask:
     prompt: str,
     grader: Grader,
     step_delimiters: tuple[str, ...],
-  ):
+  ) -> None:
     """Makes a task; nothing is read before it is asked for.
 
     Args:

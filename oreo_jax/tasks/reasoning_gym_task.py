@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from oreo_jax.tasks.grading.report import warn_of_failures
+from oreo_jax.tasks.grading import warn_of_failures
 from oreo_jax.tasks.splits import text_hash, text_split
 from oreo_jax.tasks.task import SPLITS, Problem, check_pairs, check_split
 
@@ -45,7 +45,7 @@ class ReasoningGymTask:
     test_size: int = 1_000,
     max_chars: int = 4000,
     **dataset_options: Any,
-  ):
+  ) -> None:
     """Makes the task.
 
     Args:

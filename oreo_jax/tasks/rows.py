@@ -37,7 +37,7 @@ def split_rows(
 
   Rows without splits, or with `train` only, are split 8:1:1 by a hash of their
   key; a missing validation split is a twentieth of train. Of rows with the same
-  key (but for white space) only the first is kept, test rows before all others.
+  key (but for white space) the first alone stays, test rows before all others.
 
   Args:
     rows: what `read_rows` returned.

@@ -74,7 +74,7 @@ class Task(Protocol):
     ...
 
   def final_answer(self, response: str) -> str:
-    """Returns the part of a response that votes are counted over."""
+    """Returns what votes are counted over: the answer in one spelling."""
     ...
 
   def make_tokenizer(self) -> PreTrainedTokenizerFast | None:

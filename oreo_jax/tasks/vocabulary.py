@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -33,7 +33,7 @@ def make_word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
       pre_tokenizers.Split("\n", "isolated"),
     ]
   )
-  # Joined with spaces, then the spaces around line breaks are taken out.
+  # Words are joined with spaces, then those around line breaks are removed.
   joiner = decoders.Sequence(
     [
       decoders.WordPiece(prefix="##", cleanup=False),
@@ -62,7 +62,10 @@ def make_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
   return _wrap(list(characters), splitter, decoders.Fuse())
 
 
-def _wrap(words, splitter, joiner) -> PreTrainedTokenizerFast:
+def _wrap(
+  words: Sequence[str], splitter: Any, joiner: Any
+) -> PreTrainedTokenizerFast:
+  """Makes a tokenizer of words from the `tokenizers` that split and join."""
   from tokenizers import Tokenizer, models
   from transformers import PreTrainedTokenizerFast
 

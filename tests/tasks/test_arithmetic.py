@@ -11,6 +11,7 @@ import pytest
 
 from oreo_jax.tasks import Problem, Task, get_task
 from oreo_jax.tasks.arithmetic import _operate
+from oreo_jax.tasks.expression_shapes import expression_shapes
 
 PROBLEM = Problem("x", "(85-(23+38))*7\n", "168")
 RIGHT = "23+38=61\n85-61=24\n24*7=168\n"
@@ -197,3 +198,23 @@ def test_bad_options(options, word):
 
 def test_it_is_a_task():
   assert isinstance(get_task("arithmetic"), Task)
+
+
+def test_shapes_by_hand():
+  # (a.b).c does 0.1 first, whose result is value 3; a.(b.c) does 1.2 first.
+  assert {tuple(map(tuple, shape)) for shape in expression_shapes(2)} == {
+    ((0, 1), (3, 2)),
+    ((1, 2), (0, 3)),
+  }
+
+
+@pytest.mark.parametrize("operations, catalan", [(1, 1), (3, 5), (6, 132)])
+def test_there_are_as_many_shapes_as_binary_trees(operations, catalan):
+  shapes = expression_shapes(operations)
+  assert shapes.shape == (catalan, operations, 2)
+  assert len(np.unique(shapes, axis=0)) == catalan
+  # Every value but the last is taken once, and none before it is there.
+  values = np.sort(shapes.reshape(catalan, -1), axis=1)
+  assert (values == np.arange(2 * operations)).all()
+  done = operations + 1 + np.arange(operations)
+  assert (shapes < done[:, None]).all()

@@ -44,7 +44,7 @@ class MathGrader:
     timeout_s: float = 5.0,
     max_chars: int = 1000,
     memory_mb: int = 1024,
-  ):
+  ) -> None:
     """Makes a grader; worker processes start when an answer needs one.
 
     Args:
@@ -99,7 +99,8 @@ class MathGrader:
       )
     rewards = np.zeros(len(answers), np.float32)
     counts: collections.Counter[str] = collections.Counter()
-    undecided = collections.defaultdict(list)  # pair -> places it stands at
+    # Pairs that take algebra, each with the indices it stands at.
+    undecided: dict[tuple[str, str], list[int]] = {}
     with self._lock:
       for i, (reference, answer) in enumerate(
         zip(references, answers, strict=True)
@@ -109,17 +110,21 @@ class MathGrader:
         elif len(answer) > self._max_chars:
           counts["too_long"] += 1
         else:
-          pair = (normalize_answer(reference), normalize_answer(answer))
-          equal = compare_plainly(*pair)
+          expected, given = (
+            normalize_answer(reference),
+            normalize_answer(answer),
+          )
+          equal = compare_plainly(expected, given)
           if equal is None:
-            undecided[tuple(map(spell_for_algebra, pair))].append(i)
+            pair = spell_for_algebra(expected), spell_for_algebra(given)
+            undecided.setdefault(pair, []).append(i)
           else:
             counts["plain"] += 1
             rewards[i] = equal
       outcomes = self._pool.compare(list(undecided))
-      for places, outcome in zip(undecided.values(), outcomes, strict=True):
-        counts[outcome] += len(places)
-        rewards[places] = outcome == "equal"
+      for indices, outcome in zip(undecided.values(), outcomes, strict=True):
+        counts[outcome] += len(indices)
+        rewards[indices] = outcome == "equal"
       self.counts += counts
     warn_of_failures(
       counts,

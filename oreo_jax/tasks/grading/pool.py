@@ -22,6 +22,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
+from typing import IO, cast
 
 _START_S = 120.0  # importing sympy on a busy machine
 _PROGRAM = pathlib.Path(__file__).with_name("worker.py")
@@ -30,7 +31,7 @@ _PROGRAM = pathlib.Path(__file__).with_name("worker.py")
 class _Worker:
   """A process, what it has at hand and until when."""
 
-  def __init__(self, cpu_s: float, wall_s: float, memory_mb: int):
+  def __init__(self, cpu_s: float, wall_s: float, memory_mb: int) -> None:
     # -P keeps this folder, whose modules have common names, off its path.
     limits = map(str, (cpu_s, wall_s, memory_mb))
     self.process = subprocess.Popen(
@@ -42,6 +43,9 @@ class _Worker:
       stderr=subprocess.DEVNULL,
       start_new_session=True,
     )
+    # Never None, as both were asked to be pipes.
+    self.input = cast(IO[bytes], self.process.stdin)
+    self.output = cast(IO[bytes], self.process.stdout)
     self.is_ready = False
     self.job: int | None = None
     self.deadline = time.monotonic() + _START_S
@@ -50,13 +54,13 @@ class _Worker:
 
   def send(self, job: int, reference: str, answer: str, limit_s: float) -> None:
     line = json.dumps({"reference": reference, "answer": answer}) + "\n"
-    self.process.stdin.write(line.encode())
-    self.process.stdin.flush()
+    self.input.write(line.encode())
+    self.input.flush()
     self.job, self.deadline = job, time.monotonic() + limit_s
 
   def receive(self) -> list[dict] | None:
     """Returns the replies that came, None if the process is gone."""
-    data = os.read(self.process.stdout.fileno(), 65536)
+    data = os.read(self.output.fileno(), 65536)
     if not data:
       return None
     *lines, self._unread = (self._unread + data).split(b"\n")
@@ -65,9 +69,9 @@ class _Worker:
   def stop(self) -> None:
     self.process.kill()
     self.process.wait()
-    self.process.stdout.close()
+    self.output.close()
     try:
-      self.process.stdin.close()
+      self.input.close()
     except BrokenPipeError:
       pass
 
@@ -87,7 +91,7 @@ class GraderPool:
     memory_mb: int,
     jobs_per_worker: int = 1000,
     wall_s: float | None = None,
-  ):
+  ) -> None:
     """Makes a pool without starting a process.
 
     Args:
@@ -131,7 +135,8 @@ class GraderPool:
           job, outcome = worker.job, self._hear(worker)
           if outcome and job is not None:
             outcomes[job] = outcome
-    except BaseException:  # also Ctrl-C: what they have at hand is forgotten
+    except BaseException:  # Ctrl-C too
+      # Otherwise the next call would hear the answers to this call's jobs.
       self.close()
       raise
     return outcomes
@@ -158,7 +163,8 @@ class GraderPool:
         try:
           worker.send(waiting[0], *pairs[waiting[0]], self._wall_s)
           waiting.popleft()
-        except BrokenPipeError:  # died while idle; the next round replaces it
+        except BrokenPipeError:
+          # It died while it was idle; the next round starts another.
           self._drop(worker)
 
   def _wait(self) -> list[_Worker]:
@@ -172,7 +178,7 @@ class GraderPool:
       if not concerned:
         return []
       for worker in concerned:
-        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        selector.register(worker.output, selectors.EVENT_READ, worker)
       first = min(worker.deadline for worker in concerned)
       events = selector.select(max(first - time.monotonic(), 0))
       heard = [key.data for key, _ in events]
@@ -224,7 +230,7 @@ class GraderPool:
 
 def _has_data(worker: _Worker) -> bool:
   with selectors.DefaultSelector() as selector:
-    selector.register(worker.process.stdout, selectors.EVENT_READ)
+    selector.register(worker.output, selectors.EVENT_READ)
     return bool(selector.select(0))
 
 

@@ -22,7 +22,7 @@ def main() -> None:
   replies = os.fdopen(os.dup(1), "w", encoding="ascii")
   os.dup2(2, 1)
 
-  def reply(**fields) -> None:
+  def reply(**fields: bool | str) -> None:
     replies.write(json.dumps(fields) + "\n")
     replies.flush()
 
@@ -65,7 +65,7 @@ def main() -> None:
       )
       set_timers(0, 0)
       reply(equal=bool(equal))
-    except Exception as error:  # whatever it is, it is not worth a rollout
+    except Exception as error:  # no answer may end a rollout
       set_timers(0, 0)
       reply(error=type(error).__name__)
       if isinstance(error, MemoryError):
