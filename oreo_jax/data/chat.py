@@ -12,16 +12,18 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from oreo_jax.data.errors import TemplateError
-from oreo_jax.data.schema import Trajectory, Turn
+from oreo_jax.data.schema import TOOLS, Trajectory, Turn
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 CONTEXT = -1
+# The key of a message that holds calls of tools.
+CALLS = "tool_calls"
 
 
 class Piece(NamedTuple):
@@ -32,16 +34,39 @@ class Piece(NamedTuple):
   is_end: bool = False  # the end token of the turn
 
 
+class _Chat(NamedTuple):
+  """What every rendering of one chat needs."""
+
+  turns: tuple[Turn, ...]
+  tokenizer: PreTrainedTokenizerBase
+  place: str
+  template_args: Mapping[str, Any] | None
+
+  def render(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
+    """Returns the text of some turns; see `render_chat`."""
+    return render_chat(
+      turns,
+      self.tokenizer,
+      self.place,
+      ask=ask,
+      template_args=self.template_args,
+    )
+
+  def refusal(self, problem: str) -> TemplateError:
+    """Returns the error that the chat template cannot do something."""
+    return TemplateError(self.place, f"the chat template {problem}")
+
+
 def chat_pieces(
   trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Piece], bool]:
   """Renders a chat and says which parts are actions.
 
-  The content of an assistant turn is an action, and so are the end token that
-  the template writes after it, unless the last turn is truncated, and blanks
-  on the way from the generation prompt to the content and from there to the
-  end token: the policy has to write them. Other text that the template adds is
-  context. The chat ends with its last action.
+  The content of an assistant turn is an action, and so are its tool calls, the
+  end token that the template writes after it, unless the last turn is
+  truncated, and blanks on the way from the generation prompt to the content
+  and from there to the end token: the policy has to write them. Other text
+  that the template adds is context. The chat ends with its last action.
 
   Args:
     trajectory: a chat.
@@ -52,27 +77,31 @@ def chat_pieces(
     turn still lacks an end token because the template writes none.
 
   Raises:
-    TemplateError: the template refuses or rewrites the turns.
+    TemplateError: the template refuses, rewrites or ignores a part.
     ValueError: there is no template.
   """
   actions = trajectory.actions
-  turns = trajectory.turns[: actions[-1] + 1]
-  text = render_chat(turns, tokenizer, trajectory.place)
-  parts, found = _locate(turns, actions, text, tokenizer, trajectory.place)
+  chat = _Chat(
+    trajectory.turns[: actions[-1] + 1],
+    tokenizer,
+    trajectory.place,
+    trajectory.template_args,
+  )
+  text = chat.render(chat.turns)
+  _check_honoured(chat, text)
+  between, contents = _locate(chat, actions, text)
 
   # The token after the last action tells which token ends a turn.
-  end = _leading_special(parts[-1].lstrip(), tokenizer)
+  end = _leading_special(between[-1].lstrip(), tokenizer)
   pieces = []
-  before = parts[0]
+  before = between[0]
   at = 0  # where `before` starts in the text
   for index, (action, content, after) in enumerate(
-    zip(actions, found, parts[1:], strict=True)
+    zip(actions, contents, between[1:], strict=True)
   ):
     start = at + len(before)
     if action:
-      prompt = render_chat(
-        turns[:action], tokenizer, trajectory.place, ask=True
-      )
+      prompt = chat.render(chat.turns[:action], ask=True)
       if at <= len(prompt) < start and text.startswith(prompt):
         if text[len(prompt) : start].isspace():
           start = len(prompt)
@@ -94,12 +123,33 @@ def chat_pieces(
   return pieces, not end and not trajectory.truncated
 
 
+def render_prompt(
+  trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase
+) -> str:
+  """Returns the text that the policy continued with its first action.
+
+  Raises:
+    TemplateError: the template refuses or ignores a part of it.
+    ValueError: there is no template.
+  """
+  chat = _Chat(
+    trajectory.turns[: trajectory.actions[0]],
+    tokenizer,
+    trajectory.place,
+    trajectory.template_args,
+  )
+  text = chat.render(chat.turns, ask=True)
+  _check_honoured(chat, text, ask=True)
+  return text
+
+
 def render_chat(
   turns: Sequence[Turn],
   tokenizer: PreTrainedTokenizerBase,
   place: str,
   *,
   ask: bool = False,
+  template_args: Mapping[str, Any] | None = None,
 ) -> str:
   """Returns the text the chat template makes of the turns.
 
@@ -108,6 +158,7 @@ def render_chat(
     tokenizer: with a chat template.
     place: where the turns come from, for error messages.
     ask: end with the generation prompt, if the template has one.
+    template_args: what else the template gets, such as "tools".
 
   Raises:
     TemplateError: the template refuses the turns.
@@ -118,10 +169,13 @@ def render_chat(
       f"{place} is a chat, but the tokenizer has no chat template; use a"
       " tokenizer with one, or give plain prompt and response"
     )
-  messages = [turn._asdict() for turn in turns]
+  messages = [turn.message() for turn in turns]
   try:
     text = tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=ask
+      messages,
+      tokenize=False,
+      add_generation_prompt=ask,
+      **(template_args or {}),
     )
     return str(text)
   except Exception as error:  # Templates raise whatever their author chose.
@@ -131,12 +185,40 @@ def render_chat(
     ) from error
 
 
+def _check_honoured(chat: _Chat, text: str, *, ask: bool = False) -> None:
+  """Raises if the template ignores what the row gives it besides texts."""
+  options = dict(chat.template_args or {})
+  if options.pop(TOOLS, None):
+    without = chat._replace(template_args=options)
+    if without.render(chat.turns, ask=ask) == text:
+      raise chat.refusal(f'ignores "{TOOLS}"')
+  for name in options:
+    if name not in str(chat.tokenizer.chat_template):
+      raise chat.refusal(f"has no variable {name!r} of chat_template_kwargs")
+  for index, turn in enumerate(chat.turns):
+    if (turn.extra or {}).get(CALLS) and not _is_more_than_text(
+      chat, index, text, ask=ask
+    ):
+      raise chat.refusal(f'ignores the "{CALLS}" of turn {index + 1}')
+
+
+def _is_more_than_text(
+  chat: _Chat, index: int, text: str, *, ask: bool = False
+) -> bool:
+  """Says whether the template writes more of a turn than its content."""
+  turn = chat.turns[index]
+  if not turn.extra:
+    return False
+  bare = turn._replace(extra=None)
+  turns = (*chat.turns[:index], bare, *chat.turns[index + 1 :])
+  try:
+    return chat.render(turns, ask=ask) != text
+  except TemplateError:  # It needs what was taken away.
+    return True
+
+
 def _locate(
-  turns: tuple[Turn, ...],
-  actions: list[int],
-  text: str,
-  tokenizer: PreTrainedTokenizerBase,
-  place: str,
+  chat: _Chat, actions: list[int], text: str
 ) -> tuple[list[str], list[str]]:
   """Finds the assistant contents in the rendered text.
 
@@ -144,75 +226,96 @@ def _locate(
     The n + 1 stretches of the template's own text and the n contents between
     them as they stand in `text`, which may have lost outer whitespace.
   """
-  contents = [turns[action].content for action in actions]
-  markers = _markers(len(actions), text)
-  replaced = list(turns)
-  for action, marker in zip(actions, markers, strict=True):
-    replaced[action] = turns[action]._replace(content=marker)
-  marked = render_chat(tuple(replaced), tokenizer, place)
-  if all(marked.count(marker) == 1 for marker in markers):
-    parts = []
-    for marker in markers:
-      part, found, marked = marked.partition(marker)
-      if not found:  # Turns come in another order than they were given.
-        raise _rewritten(place)
-      parts.append(part)
-    parts.append(marked)
-    matched = _match(text, parts, contents)
-    if matched is not None:
-      return parts, matched
+  contents = [chat.turns[action].content for action in actions]
+  # A turn with tool calls has no content that a marker could stand for.
+  if not any(_is_more_than_text(chat, action, text) for action in actions):
+    markers = _markers(len(actions), text)
+    replaced = list(chat.turns)
+    for action, marker in zip(actions, markers, strict=True):
+      replaced[action] = chat.turns[action]._replace(content=marker)
+    marked = chat.render(replaced)
+    if all(marked.count(marker) == 1 for marker in markers):
+      between = []
+      for marker in markers:
+        own, _, marked = marked.partition(marker)
+        between.append(own)
+      between.append(marked)
+      matched = _match(text, between, contents)
+      if matched is not None:
+        return between, matched
   # The template treats this content unlike the marker, as those do that set
   # out <think> blocks. If it wrote the turns word for word after the
   # generation prompt, that is where they are.
-  parts = _prefix_parts(turns, actions, text, tokenizer, place)
-  if parts is None:
-    raise _rewritten(place)
-  return parts, contents
+  return _locate_by_prompts(chat, actions, text)
 
 
-def _prefix_parts(
-  turns: tuple[Turn, ...],
-  actions: list[int],
-  text: str,
-  tokenizer: PreTrainedTokenizerBase,
-  place: str,
-) -> list[str] | None:
-  """Splits the text at contents that directly follow a generation prompt."""
-  parts, at = [], 0
+def _locate_by_prompts(
+  chat: _Chat, actions: list[int], text: str
+) -> tuple[list[str], list[str]]:
+  """Finds contents that directly follow the generation prompt of their turn.
+
+  Of a turn that is more than a text, such as one with tool calls, all that the
+  template writes up to the end token of the turn is its content.
+  """
+  between, contents, at = [], [], 0
   for action in actions:
     if not action:
-      return None
-    prompt = render_chat(turns[:action], tokenizer, place, ask=True)
-    content = turns[action].content
-    if len(prompt) < at or not text.startswith(prompt + content):
-      return None
-    parts.append(text[at : len(prompt)])
-    at = len(prompt) + len(content)
-  return [*parts, text[at:]]
+      raise _rewritten(chat.place)
+    turn = chat.turns[action]
+    prompt = chat.render(chat.turns[:action], ask=True)
+    start = len(prompt)
+    if start < at or not text.startswith(prompt):
+      raise _rewritten(chat.place)
+    content = turn.content
+    if _is_more_than_text(chat, action, text):
+      content = text[start : _find_end(chat, action, text, start)]
+    elif not text.startswith(content, start):
+      raise _rewritten(chat.place)
+    between.append(text[at:start])
+    contents.append(content)
+    at = start + len(content)
+  return [*between, text[at:]], contents
+
+
+def _find_end(chat: _Chat, action: int, text: str, start: int) -> int:
+  """Returns where in the text the end token of a turn stands."""
+  # The same turn with a plain content shows which token ends it.
+  (marker,) = _markers(1, text)
+  plain = Turn(chat.turns[action].role, marker)
+  rendered = chat.render((*chat.turns[:action], plain))
+  after = rendered.partition(marker)[2].lstrip()
+  end = _leading_special(after, chat.tokenizer)
+  at = text.find(end, start) if end else -1
+  if at < 0:
+    raise chat.refusal(
+      f"writes no token that would show where turn {action + 1}, which has"
+      f" {', '.join(chat.turns[action].extra or {})}, ends"
+    )
+  return at
 
 
 def _match(
-  text: str, parts: list[str], contents: list[str]
+  text: str, between: list[str], contents: list[str]
 ) -> list[str] | None:
-  """Returns the contents as written between the parts, if they explain all."""
-  if not text.startswith(parts[0]):
+  """Returns the contents as written, if they explain all of the text."""
+  if not text.startswith(between[0]):
     return None
-  at = len(parts[0])
-  found = []
+  at = len(between[0])
+  matched = []
   for index, content in enumerate(contents):
-    after = parts[index + 1]
+    after = between[index + 1]
     last = index == len(contents) - 1
     for written in dict.fromkeys(
       (content, content.strip(), content.lstrip(), content.rstrip())
     ):
       end = at + len(written) + len(after)
       if text[at:end] == written + after and (not last or end == len(text)):
-        found.append(written)
+        matched.append(written)
         at = end
         break
     else:
       return None
-  return found
+  return matched
 
 
 def _markers(count: int, text: str) -> list[str]:

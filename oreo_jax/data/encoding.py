@@ -9,11 +9,17 @@ trajectory holds the tokens that were sampled, those are the response's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from oreo_jax.data.chat import CONTEXT, Piece, chat_pieces, render_chat
+from oreo_jax.data.chat import (
+  CONTEXT,
+  Piece,
+  chat_pieces,
+  render_chat,
+  render_prompt,
+)
 from oreo_jax.data.errors import SampledTokensError
 from oreo_jax.data.sampled import Sampled, decodes_to
 from oreo_jax.data.schema import Trajectory, Turn
@@ -69,9 +75,7 @@ def make_plan(
   if ended is not None and len(ended) == 1 and first:
     # The policy saw the rendered prompt and continued it. What the template
     # would write for the answer does not matter.
-    text = render_chat(
-      trajectory.turns[:first], tokenizer, trajectory.place, ask=True
-    )
+    text = render_prompt(trajectory, tokenizer)
     pieces = [Piece(text, CONTEXT), Piece(trajectory.response, 0)]
     return Plan(trajectory, pieces, False, False, ended)
   pieces, lacks_end = chat_pieces(trajectory, tokenizer)
@@ -138,6 +142,10 @@ def _check_sampled(
     ended.append(not cut_off and sampled.ends(tokenizer))
     response = sampled.tokens[: len(sampled.tokens) - ended[-1]]
     text = trajectory.turns[turn].content
+    if trajectory.turns[turn].extra:
+      # The tokens spell tool calls too, in a form that the template knows.
+      if text.strip() in tokenizer.decode(response):
+        continue
     if not decodes_to(response, text, tokenizer):
       raise SampledTokensError(
         trajectory.place,
@@ -182,15 +190,25 @@ def _use_sampled(
 
 
 def tokenize_prompt(
-  prompt: str | Sequence[Turn], tokenizer: PreTrainedTokenizerBase
+  prompt: str | Sequence[Turn],
+  tokenizer: PreTrainedTokenizerBase,
+  *,
+  template_args: Mapping[str, Any] | None = None,
 ) -> np.ndarray:
   """Returns i32[L], the tokens to sample an answer from.
 
   Plain text gets the beginning-of-sequence token, turns go through the chat
   template with its generation prompt: as in the trajectories trained on.
+
+  Args:
+    prompt: a text, or the turns of a chat.
+    tokenizer: with a chat template if the prompt is turns.
+    template_args: what else the chat template gets, such as "tools".
   """
   if not isinstance(prompt, str):
-    text = render_chat(prompt, tokenizer, "the prompt", ask=True)
+    text = render_chat(
+      prompt, tokenizer, "the prompt", ask=True, template_args=template_args
+    )
     return _encode([text], tokenizer)[0].ids
   pieces = [Piece(prompt, CONTEXT)]
   _, encoded = _add_bos(pieces, _encode([prompt], tokenizer), tokenizer)

@@ -47,6 +47,13 @@ class MissingKeyError(TrajectoryError):
   )
 
 
+class UnsupportedKeyError(TrajectoryError):
+  """A key asks for what cannot be done with the row."""
+
+  kind = "unsupported key"
+  fix = "remove the key, or give the row in a form that can honour it"
+
+
 class BadRewardError(TrajectoryError):
   """The reward is not a finite number."""
 

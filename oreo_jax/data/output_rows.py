@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from oreo_jax.data.sampled import BEHAVIOUR_LOGPS
-from oreo_jax.data.schema import Pair, Trajectory, Turn
+from oreo_jax.data.schema import TOOLS, Pair, Trajectory, Turn
 
 
 def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
     row["conversations"] = _dicts(trajectory.turns)
     if trajectory.given:
       row["given"] = trajectory.given
+    row |= _template_keys(trajectory)
   else:
     row["prompt"] = trajectory.prompt
     row["response"] = trajectory.response
@@ -49,6 +50,7 @@ def prompt_completion_row(trajectory: Trajectory) -> dict[str, Any]:
   return {
     "prompt": _dicts(trajectory.turns[:first]),
     "completion": _dicts(trajectory.turns[first:]),
+    **_template_keys(trajectory),
   }
 
 
@@ -68,12 +70,22 @@ def preference_row(pair: Pair) -> dict[str, Any]:
       f"the pair {pair.chosen.place} and {pair.rejected.place} has two"
       " prompts; a preference is between answers to one prompt"
     )
-  return {
-    "prompt": chosen["prompt"],
-    "chosen": chosen["completion"],
+  answers = {
+    "chosen": chosen.pop("completion"),
     "rejected": rejected["completion"],
   }
+  return chosen | answers
 
 
-def _dicts(turns: Sequence[Turn]) -> list[dict[str, str]]:
-  return [turn._asdict() for turn in turns]
+def _template_keys(trajectory: Trajectory) -> dict[str, Any]:
+  """Returns the keys of a row that are for its chat template."""
+  options = dict(trajectory.template_args or {})
+  keys = {TOOLS: options.pop(TOOLS, None), "chat_template_kwargs": options}
+  return {key: value for key, value in keys.items() if value}
+
+
+def _dicts(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+  return [
+    turn.message() | ({} if turn.is_learned else {"weight": 0})
+    for turn in turns
+  ]

@@ -2,6 +2,7 @@
 
   own          {"prompt", "response", "reward"}
                {"conversations": [{"role", "content"}, ...], "reward"}
+               (see `messages` for what else a chat may hold)
                optional: "id", "problem", "truncated", "turn_rewards", "given",
                "pair": the same name in two rows makes them one preference
                "tokens", "logps": of each assistant turn, what was sampled
@@ -25,16 +26,18 @@ from typing import Any
 from oreo_jax.data.errors import (
   BadRewardError,
   EmptyResponseError,
-  EncodingError,
   MissingKeyError,
   SampledTokensError,
+)
+from oreo_jax.data.messages import (
+  read_messages,
+  read_template_args,
+  read_text,
 )
 from oreo_jax.data.records import check_object
 from oreo_jax.data.sampled import Sampled
 from oreo_jax.data.schema import ASSISTANT, Pair, Trajectory, Turn
 
-# Names other formats give to the same roles and keys.
-ROLE_NAMES = {"human": "user", "gpt": ASSISTANT, "model": ASSISTANT}
 CHAT_KEYS = ("conversations", "messages")
 
 
@@ -54,7 +57,7 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
   fields = _common_fields(row, place)
   chat_key = next((k for k in CHAT_KEYS if row.get(k) is not None), None)
   if chat_key:
-    turns = _messages(row[chat_key], chat_key, place)
+    turns = read_messages(row[chat_key], chat_key, place)
     given = row.get("given") or 0
     if not isinstance(given, int) or isinstance(given, bool):
       raise MissingKeyError(place, f'"given" is {given!r}, expected an integer')
@@ -64,6 +67,8 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
     answer = _part(row, "completion" if demonstrated else "response", place)
     turns, chat = _join(_part(row, "prompt", place), answer, place)
     fields |= chat
+  is_chat = fields.get("is_chat", False)
+  fields["template_args"] = read_template_args(row, is_chat, place)
   fields["sampled"] = _sampled(row, turns, fields.get("given", 0), place)
   return [_trajectory(turns, fields, place, *_rewards(row, turns, place))]
 
@@ -84,6 +89,8 @@ def parse_pair(row: Any, place: str) -> Pair:
   ):
     turns, chat = _join(prompt, part, place)
     named = fields | chat | {"id": f"{fields['id']}/{name}"}
+    is_chat = named.get("is_chat", False)
+    named["template_args"] = read_template_args(row, is_chat, place)
     # Named by the row and not by its id, which rows of one prompt may share.
     named["pair"] = os.path.basename(place)
     pair.append(_trajectory(turns, named, place, reward, None))
@@ -193,7 +200,7 @@ def _sampled(
 
 
 def _count_actions(turns: tuple[Turn, ...], given: int) -> int:
-  return sum(turn.role == ASSISTANT for turn in turns[given:])
+  return sum(turn.is_action for turn in turns[given:])
 
 
 def _number(value: Any, key: str, place: str) -> float:
@@ -214,8 +221,8 @@ def _part(
   """Returns a text, or the turns of a list of messages."""
   value = row.get(key)
   if value is None or isinstance(value, str):
-    return _text(row, key, place)
-  return _messages(value, key, place)
+    return read_text(row, key, place)
+  return read_messages(value, key, place)
 
 
 def _join(
@@ -257,40 +264,7 @@ def _shared_prompt(chosen: Any, rejected: Any, place: str) -> tuple:
   return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _messages(messages: Any, key: str, place: str) -> tuple[Turn, ...]:
-  """Reads messages with `role` and `content` (or `from` and `value`)."""
-  if not isinstance(messages, Sequence) or isinstance(messages, str):
-    raise MissingKeyError(
-      place,
-      f'"{key}" is {type(messages).__name__}, expected text or a list of'
-      " messages",
-    )
-  turns = []
-  for message in messages:
-    if not isinstance(message, Mapping):
-      raise MissingKeyError(place, f'"{key}" holds a message that is no object')
-    names = ("from", "value") if "from" in message else ("role", "content")
-    role, content = (_text(message, name, place) for name in names)
-    turns.append(Turn(ROLE_NAMES.get(role, role), content))
-  return tuple(turns)
-
-
-def _text(row: Mapping[str, Any], key: str, place: str) -> str:
-  value = row.get(key)
-  if value is None:
-    raise MissingKeyError(place, f'"{key}" is missing')
-  if not isinstance(value, str):
-    raise MissingKeyError(
-      place, f'"{key}" is {type(value).__name__}, expected text'
-    )
-  try:
-    value.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise EncodingError(place, f'"{key}" holds a lone surrogate') from error
-  return value
-
-
 def _label(row: Mapping[str, Any], key: str, place: str) -> str:
   """Returns an optional name, which may be written as a number."""
   value = row.get(key)
-  return "" if value is None else _text({key: str(value)}, key, place)
+  return "" if value is None else read_text({key: str(value)}, key, place)

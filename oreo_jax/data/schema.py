@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from oreo_jax.data.sampled import Sampled
 
 ASSISTANT = "assistant"
+TOOLS = "tools"
 
 
 class Turn(NamedTuple):
@@ -17,6 +19,18 @@ class Turn(NamedTuple):
 
   role: str
   content: str
+  is_learned: bool = True  # False: context, even if the assistant wrote it
+  extra: Mapping[str, Any] | None = None  # more keys that a template reads
+
+  @property
+  def is_action(self) -> bool:
+    """Says whether the policy is to learn this turn."""
+    return self.role == ASSISTANT and self.is_learned
+
+  def message(self) -> dict[str, Any]:
+    """Returns the message that a chat template takes."""
+    message = {"role": self.role, "content": self.content}
+    return message | dict(self.extra or {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +38,8 @@ class Trajectory:
   """One rewarded attempt at one problem.
 
   Attributes:
-    turns: the messages in order; those of role `assistant` are the actions.
+    turns: the messages in order; those of role `assistant` are the actions,
+      unless they are marked as not to be learned.
     reward: terminal reward.
     turn_rewards: one reward an action; `reward` is then their sum.
     problem: groups the attempts at one problem; the prompt text by default.
@@ -35,6 +50,8 @@ class Trajectory:
     given: so many turns at the start are context, the assistant's too.
     pair: names the preference that this attempt and another one, of higher or
       lower reward, come from; empty for an attempt that stands alone.
+    template_args: what the chat template gets besides the turns, such as
+      "tools"; None for nothing.
     sampled: the tokens of each action as the policy sampled them; None where
       there is only text.
     source: file and line the trajectory came from, for error messages.
@@ -49,6 +66,9 @@ class Trajectory:
   is_chat: bool = False
   given: int = 0
   pair: str = ""
+  template_args: Mapping[str, Any] | None = dataclasses.field(
+    default=None, hash=False
+  )
   sampled: tuple[Sampled, ...] | None = None
   source: str = dataclasses.field(default="", compare=False)
 
@@ -99,7 +119,7 @@ class Trajectory:
     return [
       index
       for index, turn in enumerate(self.turns)
-      if turn.role == ASSISTANT and index >= self.given
+      if turn.is_action and index >= self.given
     ]
 
   @property

@@ -84,7 +84,7 @@ def test_actions_decode_to_contents(template, expected, kind, pad_is_eos):
   assert actions(sequence, tokenizer) == expected
   # The chat ends with its last action, and is the template's otherwise.
   whole = tokenizer.apply_chat_template(
-    [turn._asdict() for turn in CHAT], tokenize=False
+    [turn.message() for turn in CHAT], tokenize=False
   )
   text = tokenizer.decode(sequence.tokens)
   if template is PLAIN:
@@ -100,7 +100,7 @@ def test_tokens_and_context_are_what_sampling_sees(template, kind):
   tokenizer = with_template(template, kind=kind)
   turns = [turn._replace(content=turn.content.strip()) for turn in CHAT]
   sequence = tokenize(chat(turns), tokenizer)
-  messages = [turn._asdict() for turn in turns]
+  messages = [turn.message() for turn in turns]
   ids = tokenizer.apply_chat_template(messages)["input_ids"]
   assert sequence.tokens.tolist() == ids[: len(sequence.tokens)]
   prompt = tokenizer.apply_chat_template(

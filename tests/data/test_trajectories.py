@@ -304,11 +304,11 @@ def test_trl_types_are_written(tmp_path):
 
   plain = Trajectory.from_text("a", "b", 0.0)
   chat = Trajectory(CHAT, 1.0, is_chat=True)
-  completion = [turn._asdict() for turn in CHAT[1:]]
+  completion = [turn.message() for turn in CHAT[1:]]
   save_trajectories(path, [plain, chat], trl_type="prompt_completion")
   assert rows() == [
     {"prompt": "a", "completion": "b"},
-    {"prompt": [CHAT[0]._asdict()], "completion": completion},
+    {"prompt": [CHAT[0].message()], "completion": completion},
   ]
   save_trajectories(path, [plain, chat], trl_type="unpaired_preference")
   assert [row["label"] for row in rows()] == [False, True]

@@ -60,6 +60,19 @@ THINK = (
   "{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Lists tools, writes their calls after the content, and can turn thoughts off.
+CALLING = (
+  "{% if tools %}{{ '<|im_start|>system\nTools:\n' }}{% for t in tools %}"
+  "{{ t | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+  "{% if m.content %}{{ m.content }}{% endif %}"
+  "{% for c in m.tool_calls or [] %}"
+  "{{ '\n' if m.content else '' }}{{ '<call>' + c | tojson + '</call>' }}"
+  "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+  "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+  "{% endif %}"
+)
 # No end token at all.
 PLAIN = (
   "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content']"
