@@ -146,6 +146,17 @@ class Pair(NamedTuple):
   rejected: Trajectory
 
 
+def problem_key(problem: str) -> str:
+  r"""Returns what problems that differ by white space alone have in common.
+
+  Where problems must not be torn apart, as in a split, group by this.
+
+  >>> problem_key(" 1 +  1?\n") == problem_key("1 + 1?")
+  True
+  """
+  return " ".join(problem.split())
+
+
 def stable_hash(*parts: object) -> int:
   """Returns 64 bits that depend on the parts alone, on every machine."""
   digest = hashlib.blake2b(digest_size=8)

@@ -16,7 +16,13 @@ from oreo_jax.data import output_rows
 from oreo_jax.data import rows as rows_lib
 from oreo_jax.data.errors import TrajectoryError, keep_good
 from oreo_jax.data.records import read_records
-from oreo_jax.data.schema import Pair, Trajectory, Turn, stable_hash
+from oreo_jax.data.schema import (
+  Pair,
+  Trajectory,
+  Turn,
+  problem_key,
+  stable_hash,
+)
 
 __all__ = [
   "Pair",
@@ -99,7 +105,8 @@ def split_by_problem(
   """Splits off the attempts at about `fraction` of the problems.
 
   Whether a problem is held out depends on its name and the seed alone, so that
-  more data never moves a problem from one side to the other.
+  more data never moves a problem from one side to the other. White space does
+  not count: a problem and the same one with a blank at its end stay together.
 
   Args:
     trajectories: to split.
@@ -107,7 +114,7 @@ def split_by_problem(
     seed: chooses another split.
 
   Returns:
-    The kept and the held-out trajectories, each in the order given.
+    The remaining and the held-out trajectories, each in the order given.
   """
   if not 0.0 <= fraction <= 1.0:
     raise ValueError(
@@ -115,11 +122,11 @@ def split_by_problem(
       " (--config.data.held_out)"
     )
   held = {
-    problem: stable_hash(seed, problem) < fraction * 2.0**64
+    problem: stable_hash(seed, problem_key(problem)) < fraction * 2.0**64
     for problem in {t.problem for t in trajectories}
   }
-  kept = [t for t in trajectories if not held[t.problem]]
-  return kept, [t for t in trajectories if held[t.problem]]
+  remaining = [t for t in trajectories if not held[t.problem]]
+  return remaining, [t for t in trajectories if held[t.problem]]
 
 
 def _load(

@@ -353,6 +353,20 @@ def test_split_by_problem():
     split_by_problem(data, fraction=2.0)
 
 
+def test_blanks_make_no_other_problem():
+  spellings = ["{}", " {}", "{}\n", "{}  of  two", "{} of two", "{}\tof two"]
+  data = [
+    Trajectory.from_text(spelling.format(f"q{i}"), "a", 1.0)
+    for i in range(100)
+    for spelling in spellings
+  ]
+  sides = split_by_problem(data, fraction=0.5, seed=0)
+  keys = [{" ".join(t.prompt.split()) for t in side} for side in sides]
+  assert not keys[0] & keys[1]
+  assert len(keys[0]) + len(keys[1]) == 200
+  assert min(map(len, keys)) > 60
+
+
 def test_split_is_the_same_on_every_machine():
   data = [Trajectory.from_text(f"q{i}", "a", 1.0) for i in range(12)]
   held = split_by_problem(data, fraction=0.3, seed=0)[1]
