@@ -60,6 +60,7 @@ _BARE_FUNCTION = re.compile(
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
 TEXT_COMMAND = r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|textrm)"
 _ALL_TEXT = re.compile(TEXT_COMMAND + r"\s*\{([^{}]*)\}")
+_BLANK_TEXT = re.compile(TEXT_COMMAND + r"\s*\{\s*\}")
 _TEXT_FUNCTION = re.compile(
   TEXT_COMMAND + r"\s*\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}"
 )
@@ -131,7 +132,7 @@ def normalize_answer(answer: str) -> str:
   answer = _REPLACE.sub(
     lambda match: _REPLACED.get(match.group(), match.group()), answer
   )
-  answer = _SIZE.sub("", answer)
+  answer = _BLANK_TEXT.sub(" ", _SIZE.sub("", answer))
   answer = " ".join(answer.split()).rstrip(" .,;:")
   text = _ALL_TEXT.fullmatch(answer)
   answer = text[1].strip(" .,;:") if text else answer

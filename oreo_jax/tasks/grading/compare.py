@@ -45,14 +45,18 @@ _UNIT = re.compile(
 _UNIT_WORDS = re.compile(r"\s*[A-Za-z]{2}[A-Za-z .]*")
 # Words after a number that are no unit.
 _NOT_UNITS = frozenset(
-  "pi and or sqrt mod to times plus minus half dozen hundred thousand million "
-  "billion trillion".split()
+  "pi and or sqrt mod to times plus minus factorial dozen dozens hundred "
+  "hundreds thousand thousands million millions billion billions trillion "
+  "half halves thirds fourths fifths sixths sevenths eighths ninths tenths "
+  "hundredths thousandths".split()
   + FUNCTIONS
 )
-# Words after a number that no answer may exchange for one another.
+# These are no unit right after the number, unlike in `5 feet squared`.
+_POWERS = ("squared", "cubed")
+# Words beside a number that no answer may exchange for one another.
 _DIRECTIONS = frozenset("am pm north south east west".split())
-# A number with words behind it; no formula, where `am` is a product.
-_NUMBER_AND_WORDS = re.compile(r"[-+]?\d[\w:.,/ {}]*")
+# No formula, where `am` is a product.
+_NUMBERS_AND_WORDS = re.compile(r"[-+]?[\w:.,/' {}]+")
 _MARKUP = re.compile(rf"\^\\circ|{TEXT_COMMAND}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]{3,}")
 _SUBSCRIPTED = re.compile(r"(\w+?)_\{?\s*(\w+)\s*\}?")
@@ -155,9 +159,9 @@ def vote_key(answer: str) -> str:
 
 
 def _directions(normalized: str) -> frozenset[str]:
-  """Returns the words in `_DIRECTIONS` that stand after a number."""
+  """Returns the words in `_DIRECTIONS` that stand beside a number."""
   text = _MARKUP.sub("", normalized).lower()
-  if not _NUMBER_AND_WORDS.fullmatch(text):
+  if not (_NUMBERS_AND_WORDS.fullmatch(text) and re.search(r"\d", text)):
     return frozenset()
   return _DIRECTIONS.intersection(re.findall("[a-z]+", text))
 
@@ -170,4 +174,5 @@ def _is_unit(text: str) -> bool:
   if not _UNIT_WORDS.fullmatch(words):
     # In \text{} even a letter alone is a unit: 5 \text{ m}.
     return match[1] is not None and words.strip(" .").isalpha()
-  return _NOT_UNITS.isdisjoint(words.lower().replace(".", "").split())
+  separate = words.lower().replace(".", "").split()
+  return separate[0] not in _POWERS and _NOT_UNITS.isdisjoint(separate)
