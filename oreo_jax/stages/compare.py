@@ -101,8 +101,6 @@ class Comparison:
       lr=lr,
     )
     config = dataclasses.replace(config, train=train)
-    if method.objective == "dpo":
-      config = _room_for_pairs(config)
     directory = home.directory / name / f"lr_{lr:.3g}"
     return Branch(config, directory, Origin(home), trajectories_of=home)
 
@@ -310,20 +308,6 @@ def config_of_seed(config: Config, seed: int) -> Config:
   return dataclasses.replace(
     config, seed=config.seed + seed, data=data, **moved
   )
-
-
-def _room_for_pairs(config: Config) -> Config:
-  """Doubles the rows' length and halves their number: a pair shares a row."""
-  length = config.data.row_length
-  data = dataclasses.replace(
-    config.data,
-    row_length=2 * length,
-    max_length=config.data.max_length or length + 1,
-  )
-  train = dataclasses.replace(
-    config.train, batch_size=max(config.train.batch_size // 2, 1)
-  )
-  return dataclasses.replace(config, data=data, train=train)
 
 
 COMPARE = Stage(

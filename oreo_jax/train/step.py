@@ -146,9 +146,11 @@ def make_train_step(
   """
   micro_batch = setup.stage.batch_size // setup.stage.grad_accum
   if micro_batch % batch_shards(mesh):
+    size = setup.objective.group_size
+    shared = f", rows of {size} answers each" if size > 1 else ""
     raise ConfigError(
-      f"a micro-batch of {micro_batch} rows (batch_size / grad_accum) does "
-      f"not divide over {batch_shards(mesh)} shards of the mesh: change "
+      f"a micro-batch of {micro_batch} rows (batch_size / grad_accum{shared}) "
+      f"does not divide over {batch_shards(mesh)} shards of the mesh: change "
       "--config.<stage>.batch_size, --config.<stage>.grad_accum or "
       "--config.mesh.*"
     )

@@ -1,11 +1,20 @@
-"""What each objective trains on."""
+"""What each objective trains on, and the table of them."""
 
 import numpy as np
+import pytest
 
 from oreo_jax import data
-from oreo_jax.config import TrainConfig
-from oreo_jax.data import Trajectory
-from oreo_jax.train.objectives import OBJECTIVES
+from oreo_jax.config import (
+  CompareConfig,
+  Config,
+  ConfigError,
+  DataConfig,
+  SftConfig,
+  TrainConfig,
+)
+from oreo_jax.data import Trajectory, make_loader
+from oreo_jax.report.style import COLOURS
+from oreo_jax.train import METHODS, OBJECTIVES, get_objective
 
 TOKENIZER = data.make_tokenizer("byte")
 
@@ -63,3 +72,95 @@ def test_rejection_keeps_the_right_answers_and_oreo_all():
     trajectories(), tokenize, TrainConfig()
   )
   np.testing.assert_array_equal([s.rewards.sum() for s in kept], 1.0)
+
+
+def dpo_config(**changes):
+  return Config(
+    data=DataConfig(row_length=16),
+    train=TrainConfig(**{"objective": "dpo", "batch_size": 8, **changes}),
+  )
+
+
+def test_a_row_of_dpo_takes_two_answers_of_any_length():
+  config = dpo_config()
+  longest = config.data.row_length + 1
+  long = [
+    Trajectory.from_text("p", letter * (longest - 3), reward)
+    for letter, reward in (("x", 1.0), ("y", 0.0))
+  ]
+  pairs = OBJECTIVES["dpo"].sequences(
+    long,
+    lambda chosen: data.tokenize_trajectories(
+      chosen, TOKENIZER, max_length=longest
+    ),
+    config.train,
+  )
+  assert [len(side.tokens) for side in pairs[0]] == [longest] * 2
+  with pytest.raises(ValueError, match="a row has 16"):
+    make_loader(pairs, batch_size=8, row_length=config.data.row_length)
+  fitted = OBJECTIVES["dpo"].fit_rows(config)
+  loader = make_loader(
+    pairs,
+    batch_size=fitted.train.batch_size,
+    row_length=fitted.data.row_length,
+  )
+  assert loader.num_sequences == 2
+  assert loader.batch(0).segment_ids.max() == 2
+
+
+@pytest.mark.parametrize(
+  "batch_size, parts, fitted",
+  [
+    (8, 1, (4, 1)),
+    (8, 4, (4, 4)),
+    (8, 8, (4, 4)),
+    (6, 2, (3, 1)),
+    (1, 1, (1, 1)),
+  ],
+)
+def test_a_batch_of_dpo_has_as_many_tokens(batch_size, parts, fitted):
+  config = dpo_config(batch_size=batch_size, grad_accum=parts)
+  config.validate()
+  result = OBJECTIVES["dpo"].fit_rows(config)
+  result.validate()
+  assert (result.train.batch_size, result.train.grad_accum) == fitted
+  assert result.data.row_length == 32
+  # One answer alone may be no longer than before.
+  assert result.data.max_length == 17
+  # The config that was given is as it was.
+  assert config == dpo_config(batch_size=batch_size, grad_accum=parts)
+
+
+def test_rows_of_single_answers_stay_as_they_are():
+  config = dpo_config()
+  for name in set(OBJECTIVES) - {"dpo"}:
+    assert OBJECTIVES[name].fit_rows(config) is config
+
+
+def test_an_objective_reads_its_own_section():
+  config = Config(sft=SftConfig(batch_size=3), train=TrainConfig(batch_size=5))
+  sizes = {k: row.stage(config).batch_size for k, row in OBJECTIVES.items()}
+  assert sizes.pop("sft") == 3
+  assert set(sizes.values()) == {5}
+
+
+def test_methods_have_a_row_each_and_the_defaults_of_the_config():
+  settings = CompareConfig()
+  for name, method in METHODS.items():
+    assert method.name == name
+    assert method.colour in COLOURS
+    assert method.settings == getattr(settings, name)
+    assert method.settings.objective in OBJECTIVES
+  assert set(settings.methods) == set(METHODS)
+  assert len({method.label for method in METHODS.values()}) == len(METHODS)
+
+
+def test_an_unknown_objective_is_refused_with_those_there_are():
+  assert get_objective("kto").label == "KTO"
+  # Not an objective on trajectories: it is a stage of its own.
+  for name in ("ppo", "sft", "", "../x"):
+    with pytest.raises(ConfigError, match="train.objective.*oreo") as caught:
+      get_objective(name)
+    assert repr(name) in str(caught.value)
+  with pytest.raises(ConfigError, match="--config.baselines"):
+    get_objective("ppo", "baselines")
