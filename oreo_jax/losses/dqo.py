@@ -56,14 +56,19 @@ def lambda_returns(
     ([[0.75, 1.0]], [[1.0, 0.0]])
   """
   lasts = segments.last_of_segment(decisions.shape, segment_ids)
-  # Between decision points G is handed on as it is.
+  # The recurrence runs over all positions, not over decision points alone. At
+  # one that is none it adds nothing and has scale 1, so that position t holds
+  # the G of the next decision point at or after t. At the last position of a
+  # sequence the scale is 0: nothing comes over from the neighbour in the row.
   one_step = soft_rewards + (1.0 - lambda_) * next_values
+  scale = jnp.where(decisions, lambda_, 1.0)
   returns = segments.linear_recurrence(
-    jnp.where(decisions, one_step, 0.0),
-    jnp.where(decisions, lambda_, 1.0) * jnp.where(lasts, 0.0, 1.0),
+    jnp.where(decisions, one_step, 0.0), jnp.where(lasts, 0.0, scale)
   )
-  following = jnp.where(lasts, 0.0, jnp.roll(returns, -1, axis=1))
-  return returns, following
+  # For the same reason the G of the next decision point after t stands at
+  # t + 1, however long the action is.
+  next_returns = jnp.where(lasts, 0.0, jnp.roll(returns, -1, axis=1))
+  return returns, next_returns
 
 
 def dqo_loss(
@@ -150,8 +155,8 @@ def dqo_loss(
     reward_scale=reward_scale,
     reward_offset=reward_offset,
   )
-  values_here = paths.at_decisions(values)
-  constant = _stop(values_here)
+  values = paths.at_decisions(values)
+  constant = _stop(values)
   step_rewards = paths.step_rewards()
   returns, next_returns = lambda_returns(
     step_rewards - beta * paths.target_step,
@@ -160,10 +165,12 @@ def dqo_loss(
     lambda_=lambda_,
     segment_ids=segment_ids,
   )
+  # Q is read off the policy as beta * A + V; it regresses to r + G_next. The
+  # returns are made of constants, so that no gradient passes through them.
   q_residual = beta * paths.step + constant - step_rewards - next_returns
   return regression_loss(
     Residuals(
-      value=paths.at_decisions(values_here - returns),
+      value=paths.at_decisions(values - returns),
       policy=paths.at_decisions(q_residual),
       target=paths.at_decisions(returns),
       paths=paths,

@@ -2,8 +2,8 @@
 
 The logits of a batch, `[B, T, V]`, are often the largest array of a training
 step. Here they exist for one chunk of T at a time, in the forward pass and,
-recomputed, in the backward pass. B stays whole, so a batch sharded over B
-keeps its sharding; V may be sharded too, as nothing gathers along it.
+recomputed, in the backward pass. Nothing cuts along B, so a batch sharded over
+B keeps its sharding; V may be sharded too, as nothing gathers along it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _log_softmax(
 
 
 def _pick(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
-  # A masked sum in place of a gather: its transpose is no scatter, and a
-  # sharded vocabulary is summed where it lies.
+  # A masked sum takes the place of a gather: its gradient needs no scatter, and
+  # each device sums the part of a sharded vocabulary that it holds.
   vocab = jnp.arange(log_probs.shape[-1], dtype=tokens.dtype)
   chosen = tokens[..., None] == vocab[None, None, :]
   return jnp.where(chosen, log_probs, 0.0).sum(axis=-1)
@@ -151,7 +151,9 @@ def token_logprobs(
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], num_chunks * chunk_size)[:, :length]
 
-  # prevent_cse is for checkpoints outside loops; inside a scan it only hinders.
+  # The checkpoint keeps the chunk's inputs alone and recomputes its logits in
+  # the backward pass. `prevent_cse` guards checkpoints outside of loops; a scan
+  # needs no guard, and XLA optimises better without.
   body = jax.checkpoint(chunk_outputs, prevent_cse=False)
   chunks = jax.tree.map(split, (hidden, tokens, ref_hidden))
   _, outputs = jax.lax.scan(

@@ -301,7 +301,8 @@ def kto_loss(
   z0 = _stop(z0)
   sign = jnp.where(desirable, 1.0, -1.0)
   side = jnp.where(desirable, desirable_weight, undesirable_weight)
-  # 1 - sigmoid(x) = sigmoid(-x), without the cancellation.
+  # sigmoid(-x) is 1 - sigmoid(x), but loses no digits where sigmoid(x) is
+  # close to 1.
   losses = side * jax.nn.sigmoid(-beta * sign * (log_ratios - z0))
   total = weighted_sum(weights, losses)
 

@@ -172,9 +172,10 @@ def segment_totals(
     segment_ids: i32[B, T] or None.
 
   Returns:
-    f32[B, T], constant over a sequence (up to rounding, unless x is whole).
+    f32[B, T], constant over a sequence, up to rounding.
   """
   prefix, suffix = _sums_both_ways(x, segment_ids)
+  # Both sums hold the entry at the position itself.
   return prefix + suffix - x.astype(jnp.float32)
 
 

@@ -40,7 +40,7 @@ def to_jax(x):
 
 @functools.cache
 def compiled(option):
-  """Jitted: an `OreoLoss` and gradients[part] = (of logps, of values)."""
+  """Jitted: an `OreoLoss` and gradients[term] = (of logps, of values)."""
 
   def evaluate(arrays, segment_ids, scalars):
     def loss(logps, values):
@@ -58,8 +58,8 @@ def compiled(option):
     zero = jax.tree.map(jnp.zeros_like, out)
     one = jnp.float32(1)
     return out, {
-      part: pull(zero._replace(**{part: one}))
-      for part in ("total", "value", "policy")
+      term: pull(zero._replace(**{term: one}))
+      for term in ("total", "value", "policy")
     }
 
   return jax.jit(
@@ -97,8 +97,8 @@ def reference(option, laid_out, *, beta=0.3, lambda_=1.0, **kwargs):
 @pytest.mark.parametrize("granularity", cases.GRANULARITIES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_oracle(option, granularity, layout, lambda_):
-  found = cases.trajectories(11, granularity, per_token=lambda_ > 0)
-  laid_out = LAYOUTS[layout](found)
+  sequences = cases.trajectories(11, granularity, per_token=lambda_ > 0)
+  laid_out = LAYOUTS[layout](sequences)
   got, _ = implementation(option, laid_out, lambda_=lambda_, reward_scale=1.5)
   value, policy = reference(option, laid_out, lambda_=lambda_, reward_mul=1.5)
   np.testing.assert_allclose(got.value, value, rtol=2e-5)
@@ -109,10 +109,10 @@ def test_matches_oracle(option, granularity, layout, lambda_):
 @pytest.mark.parametrize("lambda_", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients_match_finite_differences(option, lambda_):
-  found = cases.trajectories(
+  sequences = cases.trajectories(
     12, "step", runs=((2, 2), (3,), (1,)), per_token=True
   )
-  laid_out = cases.packed(found, rows=((1, 0), (2,)))
+  laid_out = cases.packed(sequences, rows=((1, 0), (2,)))
   _, gradients = implementation(option, laid_out, lambda_=lambda_)
   used = laid_out["segment_ids"] > 0
   for i, name in enumerate(("logps", "values")):
@@ -134,8 +134,8 @@ def hand_case():
   """One answer of three tokens: beta 1/2, d = 1, -1, 2, R = 1, V as below."""
   d = np.array([1.0, -1.0, 2.0])
   mask = np.ones(3, bool)
-  found = dict.fromkeys(cases.FIELDS, np.zeros(3))
-  found |= {
+  sequence = dict.fromkeys(cases.FIELDS, np.zeros(3))
+  sequence |= {
     "logps": d - 3,
     "ref_logps": np.full(3, -3.0),
     "values": np.array([0.4, 0.2, 0.6]),
@@ -143,7 +143,7 @@ def hand_case():
     "action_mask": mask,
     "decision_mask": mask,
   }
-  return cases.lay_out([found], [[0]])
+  return cases.lay_out([sequence], [[0]])
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def to_jax(x):
   return jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype)
 
 
-def batch_of(found, rows, **kwargs):
+def batch_of(sequences, rows, **kwargs):
   """Packed arrays; `labels` and `pair` say which answers are good."""
-  batch = cases.packed(found, rows=rows, **kwargs)
+  batch = cases.packed(sequences, rows=rows, **kwargs)
   batch["labels"] = np.zeros((cases.ROWS, SLOTS), bool)
   for b, row in enumerate(rows):
     for k, index in enumerate(row):
@@ -97,7 +97,7 @@ def totals(logps, values, batch, counts):
     mask=present,
     num_sequences=counts.get("num_sequences"),
   )
-  found = {
+  by_name = {
     "oreo, exact KL": oreo(kl=batch["kl"] + 0.1 * logps, alpha=0.2).total,
     "oreo, options": oreo(
       alpha=0.2,
@@ -118,7 +118,7 @@ def totals(logps, values, batch, counts):
     "ipo": dpo(loss_type="ipo", label_smoothing=0.1).total,
     "kto": kto.total,
   }
-  return jnp.stack([found[name] for name in NAMES])
+  return jnp.stack([by_name[name] for name in NAMES])
 
 
 def evaluate(batch, counts):
@@ -139,11 +139,11 @@ def run(batch, counts=None):
 
 
 @functools.cache
-def whole(granularity="step", seed=41):
+def packed_batch(granularity="step", seed=41):
   """A packed batch and its losses and gradients."""
-  found = cases.trajectories(seed, granularity, per_token=True)
-  batch = batch_of(found, PACKING)
-  return found, batch, run(batch)
+  sequences = cases.trajectories(seed, granularity, per_token=True)
+  batch = batch_of(sequences, PACKING)
+  return sequences, batch, run(batch)
 
 
 def assert_same(batch, got, other_batch, expected, rtol=2e-5):
@@ -167,8 +167,8 @@ def assert_same(batch, got, other_batch, expected, rtol=2e-5):
 
 @pytest.mark.parametrize("garbage", [0.0, 80.0, np.nan, np.inf, -np.inf])
 def test_content_of_padding(garbage):
-  found, batch, expected = whole()
-  other = batch_of(found, PACKING, seed=1)
+  sequences, batch, expected = packed_batch()
+  other = batch_of(sequences, PACKING, seed=1)
   for name in cases.FIELDS:
     noise = garbage
     if np.isfinite(garbage):
@@ -181,7 +181,7 @@ def test_content_of_padding(garbage):
 @pytest.mark.parametrize("granularity", cases.GRANULARITIES)
 def test_content_of_prompts_and_observations(granularity):
   """Log-probabilities, values and KL of tokens that are no actions."""
-  found, batch, expected = whole(granularity)
+  sequences, batch, expected = packed_batch(granularity)
   rng = np.random.default_rng(0)
   other = dict(batch)
   for name in ("logps", "ref_logps", "values", "kl", "target_logps"):
@@ -195,15 +195,15 @@ def test_content_of_prompts_and_observations(granularity):
 @pytest.mark.parametrize("gap", [0, 1])
 def test_packing(gap, granularity):
   """Pairs alone in their rows, or several in one, with and without gaps."""
-  found, batch, expected = whole(granularity)
-  other = batch_of(found, OTHER_PACKING, seed=2, gap=gap)
+  sequences, batch, expected = packed_batch(granularity)
+  other = batch_of(sequences, OTHER_PACKING, seed=2, gap=gap)
   assert_same(other, run(other), batch, expected)
-  both = batch_of(found, PACKING, seed=3, gap=gap)
+  both = batch_of(sequences, PACKING, seed=3, gap=gap)
   assert_same(both, run(both), batch, expected)
 
 
 def test_order_of_rows():
-  _, batch, expected = whole()
+  _, batch, expected = packed_batch()
   order = np.random.default_rng(5).permutation(cases.ROWS)
   other = {k: v[order] for k, v in batch.items() if k != "where"}
   place = np.argsort(order)
@@ -213,16 +213,19 @@ def test_order_of_rows():
 
 def test_names_of_segments():
   """Any increasing positive ids do where no slot is asked for."""
-  _, batch, expected = whole()
+  _, batch, expected = packed_batch()
   ids = batch["segment_ids"]
   other = {**batch, "segment_ids": np.where(ids > 0, 3 * ids + 5, 0)}
   got = run(other)
-  kept = [
+  without_slots = [
     i for i, name in enumerate(NAMES) if name not in ("dpo", "ipo", "kto")
   ]
   for x, y in zip(got, expected, strict=True):
     np.testing.assert_allclose(
-      np.asarray(x)[kept], np.asarray(y)[kept], rtol=1e-5, atol=1e-7
+      np.asarray(x)[without_slots],
+      np.asarray(y)[without_slots],
+      rtol=1e-5,
+      atol=1e-7,
     )
 
 
@@ -246,9 +249,9 @@ def counts_of(batch):
 def part_of(batch, rows, seed):
   """The batch with every other row turned into padding."""
   noise = batch_of([], (), seed=seed)
-  kept = np.isin(np.arange(cases.ROWS), rows)[:, None]
+  stays = np.isin(np.arange(cases.ROWS), rows)[:, None]
   return {
-    name: np.where(kept, batch[name], noise[name])
+    name: np.where(stays, batch[name], noise[name])
     for name in batch
     if name != "where"
   }
@@ -259,20 +262,20 @@ def part_of(batch, rows, seed):
   [((0,), (1, 2, 3, 4, 5, 6, 7)), ((1, 2), (3,), (0, 4, 5, 6), (7,))],
 )
 def test_unequal_parts_add_up_to_the_whole(parts):
-  _, batch, expected = whole()
+  _, batch, expected = packed_batch()
   counts = counts_of(batch)
-  found = [
+  outputs = [
     run(part_of(batch, rows, seed), counts) for seed, rows in enumerate(parts)
   ]
   got = [
     sum(np.asarray(x, np.float64) for x in same)
-    for same in zip(*found, strict=True)
+    for same in zip(*outputs, strict=True)
   ]
   assert_same(batch, got, batch, expected)
 
 
 def test_counts_of_parts_add_up():
-  _, batch, _ = whole()
+  _, batch, _ = packed_batch()
   ids, mask = to_jax(batch["segment_ids"]), to_jax(batch["decision_mask"])
   expected = losses.count_mask(mask, ids)
   cut = [losses.count_mask(mask[i:j], ids[i:j]) for i, j in ((0, 3), (3, 8))]
@@ -283,10 +286,10 @@ def test_counts_of_parts_add_up():
 @pytest.mark.parametrize("per_token", [False, True])
 def test_positive_sequences_are_counted(per_token):
   """Of all rows, packed or not, and of parts that add up."""
-  found = cases.trajectories(42, "step", per_token=per_token)
-  expected = sum(float(x["rewards"].sum()) > 0 for x in found)
-  assert 0 < expected < len(found)
-  for batch in (batch_of(found, PACKING), cases.unpacked(found)):
+  sequences = cases.trajectories(42, "step", per_token=per_token)
+  expected = sum(float(x["rewards"].sum()) > 0 for x in sequences)
+  assert 0 < expected < len(sequences)
+  for batch in (batch_of(sequences, PACKING), cases.unpacked(sequences)):
     arrays = [
       to_jax(batch[name])
       for name in ("rewards", "decision_mask", "segment_ids")
@@ -309,7 +312,7 @@ def test_a_row_with_one_reward_counts_each_of_its_sequences():
 
 def test_rows_cut_into_smaller_arrays():
   """The same with parts of their own shape, as a training step has them."""
-  _, batch, _ = whole()
+  _, batch, _ = packed_batch()
   names = (
     "logps",
     "ref_logps",
@@ -336,7 +339,7 @@ def test_rows_cut_into_smaller_arrays():
 
 
 def test_jit_changes_nothing():
-  _, batch, expected = whole()
+  _, batch, expected = packed_batch()
   arrays = {k: to_jax(v) for k, v in batch.items() if k != "where"}
   got = totals(arrays["logps"], arrays["values"], arrays, {})
   np.testing.assert_allclose(got, expected[0], rtol=1e-5)
@@ -344,7 +347,7 @@ def test_jit_changes_nothing():
 
 def test_eight_devices_equal_one():
   """The batch sharded over its rows."""
-  _, batch, expected = whole()
+  _, batch, expected = packed_batch()
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   sharded = {
     k: jax.device_put(to_jax(v), NamedSharding(mesh, P("data")))

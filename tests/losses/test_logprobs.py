@@ -33,8 +33,8 @@ def outputs_and_grads(arrays, **options):
   def total(arrays):
     out = losses.token_logprobs(**arrays, **options)
     weights = np.linspace(0.1, 1.0, B * T, dtype=np.float32).reshape(B, T)
-    parts = (out.logps, 2.0 * out.kl, 3.0 * out.ref_logps, 5.0 * out.entropy)
-    return sum(jnp.sum(weights * part) for part in parts), out
+    outputs = (out.logps, 2.0 * out.kl, 3.0 * out.ref_logps, 5.0 * out.entropy)
+    return sum(jnp.sum(weights * output) for output in outputs), out
 
   arrays = dict(arrays)
   tokens = arrays.pop("tokens")

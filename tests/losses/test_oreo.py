@@ -22,9 +22,9 @@ ARRAYS = (
 )
 LAYOUTS = {
   # name: layout, reward on each token?
-  "a row each": (lambda found: cases.unpacked(found), True),
+  "a row each": (cases.unpacked, True),
   "packed": (cases.packed, True),
-  "packed, gaps": (lambda found: cases.packed(found, gap=2), False),
+  "packed, gaps": (functools.partial(cases.packed, gap=2), False),
 }
 # What is compiled in: each option alone or beside one that touches another
 # part of the loss, and all at once.
@@ -71,7 +71,7 @@ def to_jax(x):
 def compiled(option):
   """Jitted: an `OreoLoss` and the gradients of its parts.
 
-  The gradients are a dict of dicts: gradients[part][array].
+  The gradients are a dict of dicts: gradients[term][array].
   """
   names = ("logps", "ref_logps", "values", "kl", "target_logps")
 
@@ -93,8 +93,8 @@ def compiled(option):
     zero = jax.tree.map(jnp.zeros_like, out)
     one = jnp.float32(1)
     gradients = {
-      part: pull(zero._replace(**{part: one}))[0]
-      for part in ("total", "value", "policy")
+      term: pull(zero._replace(**{term: one}))[0]
+      for term in ("total", "value", "policy")
     }
     return out, gradients
 
@@ -149,14 +149,14 @@ def check(option, laid_out, scalars=SCALARS):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_matches_oracle(option, granularity, layout, scalars):
   lay_out, per_token = LAYOUTS[layout]
-  found = cases.trajectories(3, granularity, per_token=per_token)
-  check(option, lay_out(found), scalars)
+  sequences = cases.trajectories(3, granularity, per_token=per_token)
+  check(option, lay_out(sequences), scalars)
 
 
 @pytest.mark.parametrize("granularity", cases.GRANULARITIES)
 def test_without_segment_ids_a_row_is_a_sequence(granularity):
-  found = cases.trajectories(3, granularity, per_token=True)
-  check("all", cases.unpacked(found, segment_ids=False), SCALED)
+  sequences = cases.trajectories(3, granularity, per_token=True)
+  check("all", cases.unpacked(sequences, segment_ids=False), SCALED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,9 +175,10 @@ def test_rewards_on_observations_count_until_they_are_passed():
   """An action, an observation that pays 2, an action that pays 1."""
   mask = np.array([True, False, True, False])
   zero = np.zeros(4)
-  found = dict.fromkeys(cases.FIELDS, zero) | dict.fromkeys(cases.MASKS, mask)
-  found["rewards"] = np.array([0.0, 2.0, 1.0, 0.0])
-  laid_out = cases.lay_out([found], [[0]])
+  sequence = dict.fromkeys(cases.FIELDS, zero)
+  sequence |= dict.fromkeys(cases.MASKS, mask)
+  sequence["rewards"] = np.array([0.0, 2.0, 1.0, 0.0])
+  laid_out = cases.lay_out([sequence], [[0]])
   # R = 3, then 1; the one-step residuals see 2, then 1.
   got = check("plain, k3", laid_out)
   np.testing.assert_allclose(got.value, (9 + 1) / 2, rtol=1e-6)
@@ -189,10 +190,10 @@ def test_rewards_on_observations_count_until_they_are_passed():
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients_match_finite_differences(option, granularity):
   """Of the oracle, in which whatever is stopped stays a constant."""
-  found = cases.trajectories(
+  sequences = cases.trajectories(
     8, granularity, runs=((2, 1), (3,), (1,)), per_token=True
   )
-  laid_out = cases.packed(found, rows=((0,), (2, 1)))
+  laid_out = cases.packed(sequences, rows=((0,), (2, 1)))
   _, gradients = implementation(option, laid_out, SCALED)
   for name in ("logps", "values", "kl"):
     expected = oracle.gradient(
@@ -213,8 +214,8 @@ def test_losses_reach_disjoint_inputs(option):
   laid_out = cases.packed(cases.trajectories(2, "step"))
   _, gradients = implementation(option, laid_out)
   reached = {
-    part: {name for name, x in arrays.items() if np.any(x)}
-    for part, arrays in gradients.items()
+    term: {name for name, x in arrays.items() if np.any(x)}
+    for term, arrays in gradients.items()
   }
   penalty = {"kl"} if "kl" in OPTIONS[option] else set()
   assert reached == {
@@ -240,10 +241,10 @@ def test_empty_masks_give_zero_and_finite_gradients(option):
 @pytest.mark.parametrize("option", ["plain, k3", "all", "all, single step"])
 def test_sequences_without_decisions_do_not_count(option):
   """One with nothing to learn from must not thin out the mean."""
-  found = cases.trajectories(6, "step")
-  without = check(option, cases.packed(found, rows=((2, 0), (1, 4), (3,))))
-  found[5] = {**found[5], **dict.fromkeys(cases.MASKS, False)}
-  mute = check(option, cases.packed(found, rows=((2, 5, 0), (1, 4), (3,))))
+  sequences = cases.trajectories(6, "step")
+  without = check(option, cases.packed(sequences, rows=((2, 0), (1, 4), (3,))))
+  sequences[5] = {**sequences[5], **dict.fromkeys(cases.MASKS, False)}
+  mute = check(option, cases.packed(sequences, rows=((2, 5, 0), (1, 4), (3,))))
   np.testing.assert_allclose(mute.total, without.total, rtol=1e-6)
 
 
@@ -267,8 +268,8 @@ def test_all_equal_rewards_and_no_divergence(granularity, reward):
 def test_one_token_answers_are_alike_at_every_granularity():
   totals = set()
   for granularity in cases.GRANULARITIES:
-    found = cases.trajectories(9, granularity, runs=((1,), (1,), (1,)))
-    laid_out = cases.packed(found, rows=((2, 0), (1,)))
+    sequences = cases.trajectories(9, granularity, runs=((1,), (1,), (1,)))
+    laid_out = cases.packed(sequences, rows=((2, 0), (1,)))
     totals.add(float(check("plain, k3", laid_out).total))
   assert len(totals) == 1
 

@@ -217,23 +217,25 @@ def test_masked_entries_may_hold_anything():
   """Empty slots of packed rows: their content reaches neither loss."""
   arrays = pairs(6)
   mask = np.array([True, True, False, True, False])
-  kept = [to_jax(x[mask]) for x in arrays]
+  selected = [to_jax(x[mask]) for x in arrays]
   dirty = [to_jax(np.where(mask, x, np.nan)) for x in arrays]
   mask = jnp.asarray(mask)
   labels = jnp.asarray([True, False, True, True, False])
   np.testing.assert_allclose(
     losses.dpo_loss(*dirty, beta=0.1, mask=mask).total,
-    losses.dpo_loss(*kept, beta=0.1).total,
+    losses.dpo_loss(*selected, beta=0.1).total,
     rtol=1e-6,
   )
   z0 = losses.kto_z0(dirty[2], dirty[3], mask=mask)
-  np.testing.assert_allclose(z0, losses.kto_z0(*kept[2:]), rtol=1e-6)
+  np.testing.assert_allclose(z0, losses.kto_z0(*selected[2:]), rtol=1e-6)
 
   def kto(x):
     return losses.kto_loss(x, dirty[1], labels, z0, beta=0.1, mask=mask).total
 
   loss, got = jax.value_and_grad(kto)(dirty[0])
-  expected = losses.kto_loss(kept[0], kept[1], labels[mask], z0, beta=0.1)
+  expected = losses.kto_loss(
+    selected[0], selected[1], labels[mask], z0, beta=0.1
+  )
   np.testing.assert_allclose(loss, expected.total, rtol=1e-6)
   assert np.all(np.isfinite(got))
 
@@ -250,11 +252,11 @@ def sums(laid_out, num_segments=None):
 
 @pytest.mark.parametrize("gap", [0, 1])
 def test_sequence_logps_match_oracle(gap):
-  found = cases.trajectories(31)
+  sequences = cases.trajectories(31)
   for laid_out, slots in (
-    (cases.unpacked(found, segment_ids=False), None),
-    (cases.packed(found, rows=PAIRED, gap=gap), SLOTS),
-    (cases.packed(found, rows=PAIRED), None),
+    (cases.unpacked(sequences, segment_ids=False), None),
+    (cases.packed(sequences, rows=PAIRED, gap=gap), SLOTS),
+    (cases.packed(sequences, rows=PAIRED), None),
   ):
     out = sums(laid_out, slots)
     expected = oracle.log_ratios(
@@ -305,9 +307,9 @@ def packed_loss(name, laid_out, logps):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "cdpo", "kto"])
 def test_packed_answers_equal_a_row_each(name):
-  found = cases.trajectories(32)
-  packed = cases.packed(found, rows=PAIRED, gap=1)
-  single = cases.unpacked(found, segment_ids=False)
+  sequences = cases.trajectories(32)
+  packed = cases.packed(sequences, rows=PAIRED, gap=1)
+  single = cases.unpacked(sequences, segment_ids=False)
   mask = to_jax(single["action_mask"])
   ref = losses.sequence_logps(to_jax(single["ref_logps"]), mask).logps
 

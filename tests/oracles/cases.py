@@ -65,7 +65,7 @@ def trajectories(seed=0, granularity="token", runs=RUNS, **kwargs):
   return [trajectory(rng, granularity, run, **kwargs) for run in runs]
 
 
-def lay_out(found, rows, seed=0, garbage=9.0, gap=0, reward_noise=True):
+def lay_out(sequences, rows, seed=0, garbage=9.0, gap=0, reward_noise=True):
   """Places sequences in rows: `rows[b]` lists the sequences of row b.
 
   The entry "where" of the answer lists (sequence, row, slice). Everything
@@ -87,10 +87,10 @@ def lay_out(found, rows, seed=0, garbage=9.0, gap=0, reward_noise=True):
     start = 0
     for k, index in enumerate(row):
       start += gap if k else 0
-      size = len(found[index]["logps"])
+      size = len(sequences[index]["logps"])
       span = slice(start, start + size)
       for name in FIELDS + MASKS:
-        out[name][b, span] = found[index][name]
+        out[name][b, span] = sequences[index][name]
       out["segment_ids"][b, span] = k + 1
       out["where"].append((index, b, span))
       start += size
@@ -99,24 +99,24 @@ def lay_out(found, rows, seed=0, garbage=9.0, gap=0, reward_noise=True):
   return out
 
 
-def unpacked(found, segment_ids=True, **kwargs):
+def unpacked(sequences, segment_ids=True, **kwargs):
   """One sequence a row, with or without segment ids."""
-  rows = [[i] for i in range(len(found))]
+  rows = [[i] for i in range(len(sequences))]
   kwargs.setdefault("reward_noise", segment_ids)
-  out = lay_out(found, rows, **kwargs)
+  out = lay_out(sequences, rows, **kwargs)
   if not segment_ids:
     out["segment_ids"] = None
   return out
 
 
-def packed(found, rows=PACKING, **kwargs):
-  return lay_out(found, rows, **kwargs)
+def packed(sequences, rows=PACKING, **kwargs):
+  return lay_out(sequences, rows, **kwargs)
 
 
 def gather(array, laid_out):
   """The sequences of a [B, T] array, in the order they had before."""
-  found = sorted(laid_out["where"], key=lambda entry: entry[0])
-  return [np.asarray(array)[b, span] for _, b, span in found]
+  places = sorted(laid_out["where"], key=lambda entry: entry[0])
+  return [np.asarray(array)[b, span] for _, b, span in places]
 
 
 def tree_paths(beta, granularity, seed):
@@ -126,11 +126,11 @@ def tree_paths(beta, granularity, seed):
   rng = np.random.default_rng(seed)
   root = tree.random_tree(rng, depth=4, width=2)
   tree.solve(root, beta)
-  found = []
+  sequences = []
   for path in tree.paths(root):
     mask = np.ones(len(path), bool)
     logps = np.array([math.log(node.policy[i]) for node, i in path])
-    found.append(
+    sequences.append(
       {
         "logps": logps,
         "ref_logps": np.array([math.log(node.prior[i]) for node, i in path]),
@@ -142,5 +142,5 @@ def tree_paths(beta, granularity, seed):
         "decision_mask": decision_mask(mask, granularity, rng),
       }
     )
-  order = rng.permutation(len(found))
-  return packed(found, rows=[order[i::ROWS] for i in range(ROWS)])
+  order = rng.permutation(len(sequences))
+  return packed(sequences, rows=[order[i::ROWS] for i in range(ROWS)])

@@ -27,9 +27,9 @@ def dqo_loss(*arrays, beta, lam, weight_cap=None, token_mean=False, **kwargs):
 
   `weight_cap` is the largest importance weight exp(D_0); None: all weights 1.
   """
-  found = trajectories(*arrays, **kwargs)
+  paths = trajectories(*arrays, **kwargs)
   value_errors, policy_errors, weights = [], [], []
-  for sequence in found:
+  for sequence in paths:
     returns = lambda_returns(sequence.decisions, beta=beta, lam=lam)
     value_errors.append(
       [(x.value - returns[i]) ** 2 for i, x in enumerate(sequence.decisions)]

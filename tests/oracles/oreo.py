@@ -15,15 +15,15 @@ import numpy as np
 def sequences(action_mask, segment_ids=None):
   """List of (row, [indices]) of every sequence, padding left out."""
   rows, length = np.shape(action_mask)
-  found = []
+  places = []
   for b in range(rows):
     if segment_ids is None:
-      found.append((b, list(range(length))))
+      places.append((b, list(range(length))))
       continue
     ids = [int(x) for x in segment_ids[b]]
     for k in sorted(set(ids) - {0}):
-      found.append((b, [t for t in range(length) if ids[t] == k]))
-  return found
+      places.append((b, [t for t in range(length) if ids[t] == k]))
+  return places
 
 
 def last_action(indices, action_mask, b):
@@ -165,12 +165,14 @@ def reduce(per_sequence, weights=None, token_mean=False):
   with `token_mean` over all entries at once. Nothing at all gives 0.
   """
   weights = [1.0] * len(per_sequence) if weights is None else weights
-  kept = [(x, w) for x, w in zip(per_sequence, weights, strict=True) if x]
-  if not kept:
+  selected = [(x, w) for x, w in zip(per_sequence, weights, strict=True) if x]
+  if not selected:
     return 0.0
   if token_mean:
-    return sum(w * sum(x) for x, w in kept) / sum(len(x) for x, _ in kept)
-  return sum(w * sum(x) / len(x) for x, w in kept) / len(kept)
+    return sum(w * sum(x) for x, w in selected) / sum(
+      len(x) for x, _ in selected
+    )
+  return sum(w * sum(x) / len(x) for x, w in selected) / len(selected)
 
 
 def clip(x, bound):
@@ -178,11 +180,11 @@ def clip(x, bound):
   return x if bound is None else max(-bound, min(bound, x))
 
 
-def importance_weights(found, cap):
+def importance_weights(paths, cap):
   """min(exp(D_0), cap) of every sequence, ones without a cap."""
   return [
     1.0 if cap is None else min(math.exp(s.frozen_log_ratio), cap)
-    for s in found
+    for s in paths
   ]
 
 
@@ -196,9 +198,9 @@ def value_loss(
   **kwargs,
 ):
   """Equation 8, or the squared one-step residual with a stopped next value."""
-  found = trajectories(*arrays, **kwargs)
+  paths = trajectories(*arrays, **kwargs)
   errors = []
-  for sequence in found:
+  for sequence in paths:
     errors.append([])
     for x in sequence.decisions:
       if single_step:
@@ -206,7 +208,7 @@ def value_loss(
       else:
         target = x.ret - beta * clip(x.target_suffix, clip_log)
       errors[-1].append((x.value - target) ** 2)
-  return reduce(errors, importance_weights(found, importance_cap), token_mean)
+  return reduce(errors, importance_weights(paths, importance_cap), token_mean)
 
 
 def policy_loss(
@@ -218,9 +220,9 @@ def policy_loss(
   **kwargs,
 ):
   """Equation 9, or the one-step residual."""
-  found = trajectories(*arrays, **kwargs)
+  paths = trajectories(*arrays, **kwargs)
   errors = []
-  for sequence in found:
+  for sequence in paths:
     errors.append([])
     for x in sequence.decisions:
       if single_step:
@@ -231,13 +233,13 @@ def policy_loss(
         rest = x.suffix - x.frozen_advantage
         residual = x.frozen_value - x.ret + beta * (x.advantage + rest)
       errors[-1].append(residual**2)
-  return reduce(errors, importance_weights(found, importance_cap), token_mean)
+  return reduce(errors, importance_weights(paths, importance_cap), token_mean)
 
 
 def kl_loss(*arrays, token_mean=False, **kwargs):
   """Mean of `kl` over action tokens."""
-  found = trajectories(*arrays, **kwargs)
-  return reduce([s.kl for s in found], token_mean=token_mean)
+  paths = trajectories(*arrays, **kwargs)
+  return reduce([s.kl for s in paths], token_mean=token_mean)
 
 
 def hinge_loss(*arrays, hinge, **kwargs):
@@ -316,11 +318,11 @@ def gradient(function, array, where, step=1e-4):
   array = np.array(array, np.float64)
   out = np.zeros_like(array)
   for index in map(tuple, np.argwhere(where)):
-    kept = array[index]
-    array[index] = kept + step
+    original = array[index]
+    array[index] = original + step
     above = function(array)
-    array[index] = kept - step
+    array[index] = original - step
     below = function(array)
-    array[index] = kept
+    array[index] = original
     out[index] = (above - below) / (2 * step)
   return out
