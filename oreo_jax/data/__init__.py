@@ -6,7 +6,6 @@ from oreo_jax.data.loader import Loader, make_loader
 from oreo_jax.data.packing import Batch, pack
 from oreo_jax.data.sampled import Sampled
 from oreo_jax.data.schema import Pair, Trajectory, Turn
-from oreo_jax.data.steps import step_starts
 from oreo_jax.data.tokenizer import (
   load_tokenizer,
   make_tokenizer,
@@ -44,7 +43,6 @@ __all__ = [
   "save_tokenizer",
   "save_trajectories",
   "split_by_problem",
-  "step_starts",
   "tokenize_prompt",
   "tokenize_trajectories",
   "tokenize_trajectory",

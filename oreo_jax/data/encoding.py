@@ -21,7 +21,7 @@ from oreo_jax.data.chat import (
   render_prompt,
 )
 from oreo_jax.data.errors import SampledTokensError
-from oreo_jax.data.sampled import Sampled, decodes_to
+from oreo_jax.data.sampled import Sampled
 from oreo_jax.data.schema import Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -138,21 +138,20 @@ def _check_sampled(
   ended = []
   last = trajectory.actions[-1]
   for turn, sampled in zip(trajectory.actions, trajectory.sampled, strict=True):
-    cut_off = trajectory.truncated and turn == last
-    ended.append(not cut_off and sampled.ends(tokenizer))
-    response = sampled.tokens[: len(sampled.tokens) - ended[-1]]
-    text = trajectory.turns[turn].content
-    if trajectory.turns[turn].extra:
-      # The tokens spell tool calls too, in a form that the template knows.
-      if text.strip() in tokenizer.decode(response):
-        continue
-    if not decodes_to(response, text, tokenizer):
+    has_end = sampled.has_end(
+      trajectory.turns[turn].content,
+      tokenizer,
+      is_cut_off=trajectory.truncated and turn == last,
+      has_more=bool(trajectory.turns[turn].extra),
+    )
+    if has_end is None:
       raise SampledTokensError(
         trajectory.place,
         f"the recorded tokens of turn {turn + 1} spell"
-        f" {_shorten(tokenizer.decode(response))}, but its text is"
-        f" {_shorten(text)}",
+        f" {_shorten(tokenizer.decode(sampled.tokens))}, but its text is"
+        f" {_shorten(trajectory.turns[turn].content)}",
       )
+    ended.append(has_end)
   return tuple(ended)
 
 

@@ -70,24 +70,49 @@ class Sampled:
       return dict(self.extras)
     return {BEHAVIOUR_LOGPS: self.logps, **self.extras}
 
-  def ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Says whether the last token is one that ends a turn: a special one."""
-    if not len(self.tokens):
-      return False
-    last = [int(self.tokens[-1])]
-    return bool(tokenizer.decode(last)) and not tokenizer.decode(
+  def has_end(
+    self,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_cut_off: bool,
+    has_more: bool = False,
+  ) -> bool | None:
+    """Says whether the last token is the end token of the turn.
+
+    Args:
+      text: of the turn, which the tokens have to spell, with special tokens or
+        without.
+      tokenizer: tells what tokens spell.
+      is_cut_off: the turn has no end token.
+      has_more: the tokens spell the text and more, such as tool calls.
+
+    Returns:
+      Whether it is, or None if the tokens do not spell the text.
+    """
+
+    def spells(tokens: np.ndarray) -> bool:
+      spelt = (
+        tokenizer.decode(tokens, skip_special_tokens=skip)
+        for skip in (True, False)
+      )
+      if has_more:
+        return any(text.strip() in written for written in spelt)
+      return text in spelt
+
+    if is_cut_off or not len(self.tokens):
+      return False if spells(self.tokens) else None
+    others, last = self.tokens[:-1], self.tokens[-1:]
+    is_special = bool(tokenizer.decode(last)) and not tokenizer.decode(
       last, skip_special_tokens=True
     )
-
-
-def decodes_to(
-  tokens: np.ndarray, text: str, tokenizer: PreTrainedTokenizerBase
-) -> bool:
-  """Says whether token ids spell a text, with their special tokens or not."""
-  return any(
-    tokenizer.decode(tokens, skip_special_tokens=skip) == text
-    for skip in (True, False)
-  )
+    if is_special and (spells(others) or spells(self.tokens)):
+      return True
+    if spells(self.tokens):
+      return False
+    # Some checkpoints end a turn with an added token that is not special.
+    is_added = int(last[0]) in tokenizer.added_tokens_decoder
+    return True if is_added and spells(others) else None
 
 
 def _token_ids(tokens: object) -> np.ndarray:

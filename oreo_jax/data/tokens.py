@@ -18,7 +18,6 @@ from oreo_jax.data.chat import CONTEXT, Piece
 from oreo_jax.data.encoding import Encoded, encode_plans, make_plan
 from oreo_jax.data.sampled import BEHAVIOUR_LOGPS
 from oreo_jax.data.schema import Trajectory
-from oreo_jax.data.steps import Delimiters, step_starts
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
@@ -78,7 +77,6 @@ def tokenize_trajectory(
   *,
   granularity: str = "token",
   step_ends: StepEnds | None = None,
-  delimiters: Delimiters = "lines",
   max_length: int | None = None,
 ) -> Tokenized:
   """Tokenises one trajectory; see `tokenize_trajectories`."""
@@ -87,7 +85,6 @@ def tokenize_trajectory(
     tokenizer,
     granularity=granularity,
     step_ends=step_ends,
-    delimiters=delimiters,
     max_length=max_length,
   )
   if not sequences:
@@ -101,7 +98,6 @@ def tokenize_trajectories(
   *,
   granularity: str = "token",
   step_ends: StepEnds | None = None,
-  delimiters: Delimiters = "lines",
   max_length: int | None = None,
   on_error: str = "raise",
   on_long: str = "raise",
@@ -120,11 +116,10 @@ def tokenize_trajectories(
     trajectories: to tokenise.
     tokenizer: a fast tokenizer.
     granularity: what one action is: a "token", a "step", or the "response".
-    step_ends: where the steps of a turn end. The turn's first token, every
-      token after the end of a step, and the end token are decisions. The end
-      token always is one, so that the value of a finished answer is trained.
-    delimiters: what ends a step where `step_ends` is not given; see
-      `steps.step_starts`.
+    step_ends: where the steps of a turn end; the granularity "step" needs it.
+      The turn's first token, every token after the end of a step, and the end
+      token are decisions. The end token always is one, so that the value of a
+      finished answer is trained.
     max_length: most tokens a sequence may have.
     on_error: "raise", or "skip" to drop chats that the template cannot render
       and prompts that have no token or fill `max_length`, and log the counts.
@@ -148,6 +143,11 @@ def tokenize_trajectories(
       f"granularity is {granularity!r}, expected one of {GRANULARITIES}"
       " (--config.train.granularity)"
     )
+  if granularity == "step" and step_ends is None:
+    raise ValueError(
+      'granularity is "step", but step_ends is None; pass what says where a'
+      " step ends, as `oreo_jax.decode.step_ends` does of a stops automaton"
+    )
   errors.check_choice(on_long, "on_long")
   all_have_logps = all(
     trajectory.sampled is not None
@@ -165,9 +165,7 @@ def tokenize_trajectories(
   for start in range(0, len(plans), CHUNK):
     chunk = plans[start : start + CHUNK]
     for trajectory, pieces, encoded in encode_plans(chunk, tokenizer):
-      sequence = _assemble(
-        trajectory, pieces, encoded, granularity, step_ends, delimiters
-      )
+      sequence = _assemble(trajectory, pieces, encoded, granularity, step_ends)
       if not all_have_logps:
         sequence.extras.pop(BEHAVIOUR_LOGPS, None)
       error = _length_error(trajectory, sequence, max_length)
@@ -221,7 +219,6 @@ def _assemble(
   encoded: Sequence[Encoded],
   granularity: str,
   step_ends: StepEnds | None,
-  delimiters: Delimiters,
 ) -> Tokenized:
   """Joins the tokens of the pieces and writes masks and rewards."""
   tokens = np.concatenate([tokenized.ids for tokenized in encoded])
@@ -238,14 +235,10 @@ def _assemble(
     last_of_turn[piece.action] = end - 1
     if granularity == "token":
       decision_mask[first:end] = True
-    elif granularity == "step" and piece.is_end:
+    elif granularity == "step" and step_ends is not None:
       # To stop is an action of its own, also in the middle of a line.
-      decision_mask[first] = True
-    elif granularity == "step":
-      decision_mask[first:end] = (
-        _first_tokens(encoded[index].ids, step_ends)
-        if step_ends is not None
-        else _first_tokens_in_text(piece.text, encoded[index], delimiters)
+      decision_mask[first:end] = piece.is_end or _first_tokens(
+        tokens[first:end], step_ends
       )
   if granularity == "response" and action_mask.any():
     decision_mask[action_mask.argmax()] = True
@@ -287,18 +280,6 @@ def _first_tokens(ids: np.ndarray, step_ends: StepEnds) -> np.ndarray:
     )
   # The first token begins the first step, whatever comes before it.
   return np.concatenate([[True], ends[:-1]])
-
-
-def _first_tokens_in_text(
-  text: str, encoded: Encoded, delimiters: Delimiters
-) -> np.ndarray:
-  """Returns the same by delimiters, which are looked for in the text."""
-  mask = np.zeros(len(encoded.ids), bool)
-  for start in step_starts(text, delimiters):
-    at = np.searchsorted(encoded.starts, start)
-    if at < len(mask):
-      mask[at] = True
-  return mask
 
 
 def _set_rewards(

@@ -146,6 +146,28 @@ def test_special_tokens_may_stand_in_the_text_or_not():
     assert sequence.tokens[sequence.action_mask].tolist() == [*tokens.tokens]
 
 
+def test_an_end_token_need_not_be_special():
+  tokenizer = make_tokenizer("byte")
+  tokenizer.add_tokens(["<end>"])
+  end = tokenizer.convert_tokens_to_ids("<end>")
+  for truncated in (False, True):
+    answer = Trajectory.from_text(
+      "q", "ab", 1.0, sampled=(sampled(97, 98, end),), truncated=truncated
+    )
+    if truncated:
+      with pytest.raises(SampledTokensError, match="'ab<end>'"):
+        tokenize(answer, tokenizer)
+      continue
+    sequence = tokenize(
+      answer,
+      tokenizer,
+      granularity="step",
+      step_ends=lambda ids: np.zeros(len(ids), bool),
+    )
+    assert sequence.tokens[sequence.action_mask].tolist() == [97, 98, end]
+    assert np.flatnonzero(sequence.decision_mask).tolist() == [2, 4]
+
+
 def test_saved_is_loaded(tmp_path):
   path = tmp_path / "t.jsonl"
   logps = np.array([-0.1, -2.5], np.float32)

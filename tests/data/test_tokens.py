@@ -1,4 +1,5 @@
 import collections
+import functools
 import logging
 
 import numpy as np
@@ -6,10 +7,10 @@ import pytest
 import tokenizers
 import transformers
 
+from oreo_jax import decode
 from oreo_jax.data import (
   Trajectory,
   make_tokenizer,
-  step_starts,
   tokenize_prompt,
   tokenize_trajectories,
 )
@@ -91,6 +92,24 @@ def line_ends(tokenizer):
   return step_ends
 
 
+def stop_ends(tokenizer, delimiters):
+  """The definition of a step that generation and search use."""
+  delimiters = decode.DELIMITERS.get(delimiters, delimiters)
+  stops = decode.make_stops(tokenizer, delimiters, len(tokenizer))
+  return functools.partial(decode.step_ends, stops)
+
+
+def split_text(text, delimiters):
+  """Cuts a text after each delimiter that follows something said."""
+  steps, step = [], ""
+  for character in text:
+    step += character
+    if step.strip() and step.endswith(tuple(delimiters)):
+      steps.append(step)
+      step = ""
+  return [*steps, step] if step else steps
+
+
 def split_steps(sequence, tokenizer):
   """Decodes the tokens from each decision to the next."""
   at = [*np.flatnonzero(sequence.decision_mask), len(sequence.tokens)]
@@ -150,6 +169,7 @@ def test_masks_cover_the_response(name, granularity):
       Trajectory.from_text(prompt, response, 1.0),
       tokenizer,
       granularity=granularity,
+      step_ends=line_ends(tokenizer),
     )
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     assert sequence.tokens[sequence.action_mask].tolist() == [
@@ -175,17 +195,17 @@ def test_masks_cover_the_response(name, granularity):
       assert sequence.decision_mask.sum() == 1
 
 
-def test_token_belongs_to_the_step_in_which_it_starts():
+def test_a_step_ends_with_a_token():
   response = "Twelve eggs. The cook takes. The end."
-  # A token " The" starts before the boundary that ". " sets.
+  # The delimiter ". " ends within a token " The", which ends the step.
   for name in ("bpe", "trimming"):
+    assert TOKENIZERS[name].tokenize(" The") == ["ĠThe"]
     sequence = tokenize(
       Trajectory.from_text("q", response, 1.0),
       TOKENIZERS[name],
       granularity="step",
-      delimiters="sentences",
+      step_ends=stop_ends(TOKENIZERS[name], "sentences"),
     )
-    assert TOKENIZERS[name].tokenize(" The") == ["ĠThe"]
     assert split_steps(sequence, TOKENIZERS[name]) == [
       "Twelve eggs. The",
       " cook takes. The",
@@ -196,7 +216,7 @@ def test_token_belongs_to_the_step_in_which_it_starts():
     Trajectory.from_text("q", response, 1.0),
     BYTE,
     granularity="step",
-    delimiters="sentences",
+    step_ends=stop_ends(BYTE, "sentences"),
   )
   assert split_steps(sequence, BYTE) == [
     "Twelve eggs. ",
@@ -209,11 +229,12 @@ def test_token_belongs_to_the_step_in_which_it_starts():
 @pytest.mark.parametrize("name", ["byte", "bpe", "trimming"])
 def test_line_steps_decode_to_the_lines(name):
   tokenizer = TOKENIZERS[name]
-  lines = ["Naïve “quotes”\n", "\t12 - 3.5 = 8.5 \n\n", "  So: 8.5"]
+  lines = ["Naïve “quotes”\n", "\t12 - 3.5 = 8.5 \n", "\n  So: 8.5"]
   sequence = tokenize(
     Trajectory.from_text("q", "".join(lines), 1.0),
     tokenizer,
     granularity="step",
+    step_ends=stop_ends(tokenizer, "lines"),
   )
   assert split_steps(sequence, tokenizer) == [*lines, "<|eos|>"]
 
@@ -280,9 +301,10 @@ def test_many_equal_one_by_one():
     Trajectory.from_text(TEXTS[i % 2], f"{i}\n{TEXTS[1 - i % 2]}", float(i))
     for i in range(30)
   ]
-  many = tokenize_trajectories(trajectories, BYTE, granularity="step")
+  options = {"granularity": "step", "step_ends": line_ends(BYTE)}
+  many = tokenize_trajectories(trajectories, BYTE, **options)
   for trajectory, sequence in zip(trajectories, many, strict=True):
-    alone = tokenize(trajectory, BYTE, granularity="step")
+    alone = tokenize(trajectory, BYTE, **options)
     for a, b in zip(alone[:4], sequence[:4], strict=True):
       np.testing.assert_array_equal(a, b)
 
@@ -357,6 +379,8 @@ def test_unknown_options():
   trajectory = Trajectory.from_text("a", "b", 1.0)
   with pytest.raises(ValueError, match="granularity"):
     tokenize(trajectory, BYTE, granularity="word")
+  with pytest.raises(ValueError, match="step_ends is None"):
+    tokenize(trajectory, BYTE, granularity="step")
   no_eos = wrap(tokenizers.Tokenizer.from_str(BYTE.backend_tokenizer.to_str()))
   with pytest.raises(ValueError, match="no EOS"):
     tokenize(trajectory, no_eos)
@@ -374,21 +398,21 @@ def test_unknown_options():
 def test_random_texts_decode_to_their_steps(delimiters):
   rng = np.random.default_rng(0)
   letters = list("ab .\n;$\\é—𝄞7 ")
+  step_ends = stop_ends(BYTE, delimiters)
   for _ in range(100):
     prompt, response = (
       "".join(rng.choice(letters, rng.integers(0, 30))) for _ in range(2)
     )
-    response += "x"
     sequence = tokenize(
       Trajectory.from_text(prompt, response, 1.0),
       BYTE,
       granularity="step",
-      delimiters=delimiters,
+      step_ends=step_ends,
     )
-    starts = step_starts(response, delimiters)
-    steps = [
-      response[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)
+    marks = decode.DELIMITERS.get(delimiters, delimiters)
+    assert split_steps(sequence, BYTE) == [
+      *split_text(response, marks),
+      "<|eos|>",
     ]
-    assert split_steps(sequence, BYTE) == [*steps, "<|eos|>"]
     context = sequence.tokens[~sequence.action_mask]
     assert BYTE.decode(context) == f"<|bos|>{prompt}"
