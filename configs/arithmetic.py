@@ -67,14 +67,12 @@ def get_config(variant: str = "default") -> Config:
     compare=CompareConfig(
       share=1 / 3,
       rounds=1,
-      rejection=MethodConfig("rejection", lr_scales=(1.0, 3.0)),
-      dpo=MethodConfig("dpo", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03)),
-      kto=MethodConfig("kto", beta=0.1, alpha=0.0, lr_scales=(0.003, 0.01)),
-      dqo=MethodConfig("dqo", alpha=0.0, lr_scales=(0.03, 0.1)),
-      oreo_token=MethodConfig("oreo", lr_scales=(1.0, 3.0)),
-      oreo_step=MethodConfig("oreo", "step", alpha=0.1, lr_scales=(1.0,)),
-      oreo_response=MethodConfig(
-        "oreo", "response", alpha=0.3, lr_scales=(1.0,)
-      ),
+      rejection=MethodConfig(lr_scales=(1.0, 3.0)),
+      dpo=MethodConfig(lr_scales=(0.01, 0.03)),
+      kto=MethodConfig(lr_scales=(0.003, 0.01)),
+      dqo=MethodConfig(lr_scales=(0.03, 0.1)),
+      oreo_token=MethodConfig(lr_scales=(1.0, 3.0)),
+      oreo_step=MethodConfig(lr_scales=(1.0,)),
+      oreo_response=MethodConfig(lr_scales=(1.0,)),
     ),
   )

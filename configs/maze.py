@@ -70,10 +70,8 @@ def get_config(variant: str = "default") -> Config:
     # what a wall is when training ends (docs/comparison.md).
     compare=CompareConfig(
       share=0.3,
-      oreo_token=MethodConfig("oreo", lr_scales=(1.0,)),
-      oreo_step=MethodConfig("oreo", "step", alpha=0.1, lr_scales=(1.0,)),
-      oreo_response=MethodConfig(
-        "oreo", "response", alpha=0.3, lr_scales=(1.0,)
-      ),
+      oreo_token=MethodConfig(lr_scales=(1.0,)),
+      oreo_step=MethodConfig(lr_scales=(1.0,)),
+      oreo_response=MethodConfig(lr_scales=(1.0,)),
     ),
   )

@@ -56,8 +56,6 @@ __all__ = [
 DTYPES = ("float32", "bfloat16")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
 GRANULARITIES = ("token", "step", "response")
-OBJECTIVES = ("oreo", "value", "rejection", "dpo", "kto", "dqo")
-COMPARED = tuple(name for name in OBJECTIVES if name != "value")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -168,6 +166,7 @@ class StageConfig(Section):
   batch_size: int = positive(128)  # rows of a global batch
   grad_accum: int = positive(1)  # micro-batches a step; divides batch_size
   epochs: float = positive(1.0)  # passes over the data
+  updates: int = 0  # in all, with as many passes as that takes; 0: of `epochs`
   max_steps: int = 0  # 0: as many as the epochs need
   lr: float = 5e-6  # peak learning rate of the policy
   # How the rate falls after the warm-up.
@@ -231,7 +230,7 @@ class CollectConfig(Section):
 class TrainConfig(StageConfig):
   """OREO (paper A.3) and the baselines on the same trajectories."""
 
-  objective: str = choice(*OBJECTIVES)  # what is trained, and by which loss
+  objective: str = "oreo"  # what is trained: a name of train.OBJECTIVES
   granularity: str = choice(*GRANULARITIES)  # what one action is
   # The strength of the KL in the soft Bellman equation.
   beta: float = positive(0.03)
@@ -330,32 +329,32 @@ class EvaluateConfig(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class MethodConfig(Section):
-  """A row of the table of `oreo compare`: what a method has of its own.
+  """What a method of `oreo compare`, a baseline of `oreo run`, has of its own.
 
-  All else is `config.train`'s. The defaults of `CompareConfig` are the paper's
-  (arXiv 2412.16145, A.3) unless the comment says otherwise.
+  All else is `config.train`'s. What is left open here is as the method's row in
+  `train.METHODS` says: by default the paper's settings (arXiv 2412.16145, A.3).
   """
 
-  objective: str = choice(*COMPARED)  # as train.objective
-  granularity: str = choice(*GRANULARITIES)  # as train.granularity
-  beta: float = positive(0.03)  # as train.beta
-  alpha: float = 0.01  # as train.alpha
-  epochs: float = 0.0  # passes over the method's data; 0: train.epochs
-  # Multiples of train.lr, tried on validation problems with the first seed.
-  lr_scales: tuple = setting(
-    (0.3, 1.0, 3.0), entry=float, above=0, nonempty=True
-  )
+  beta: float = 0.0  # as train.beta; 0: the row's
+  alpha: float = setting(-1.0, low=-1)  # as train.alpha; -1: the row's
+  # Passes over the method's data; 0: as many updates as train.objective makes.
+  epochs: float = 0.0
+  lr_scale: float = 0.0  # rate in `oreo run`, times train.lr; 0: the row's
+  # `oreo compare`: multiples of train.lr that are tried on validation problems
+  # with the first seed; empty: the row's.
+  lr_scales: tuple = setting((), entry=float, above=0)
+
+  def rules(self) -> Iterator[Rule]:
+    """Yields that an alpha which is given is one."""
+    yield Rule(
+      self.alpha == -1 or self.alpha >= 0,
+      "alpha",
+      "at least 0, or -1 for unset",
+    )
 
 
-METHODS = (
-  "rejection",
-  "dpo",
-  "kto",
-  "dqo",
-  "oreo_token",
-  "oreo_step",
-  "oreo_response",
-)
+def _section(kind):
+  return dataclasses.field(default_factory=kind)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -363,56 +362,24 @@ class CompareConfig(Section):
   """All methods on the same trajectories, several seeds (`oreo compare`)."""
 
   seeds: int = positive(3)  # each with its own SFT policy and trajectories
-  # Besides SFT, where all of them start.
-  methods: tuple = setting(METHODS, entry=str, choices=METHODS)
+  # Of train.METHODS, besides SFT, where all of them start; empty: all.
+  methods: tuple = setting((), entry=str)
   # Of collect.problems, how many are sampled (maze: about an hour on two CPU
   # cores).
   share: float = setting(0.3, above=0, high=1)
   validation_problems: int = positive(500)  # for the choice of a learning rate
   rounds: int = positive(3)  # of the plot of rounds (paper's figure 2); 1: none
   # Drawn in that plot.
-  round_methods: tuple = setting(
-    ("oreo_token", "rejection"), entry=str, choices=METHODS
-  )
+  round_methods: tuple = setting(("oreo_token", "rejection"), entry=str)
   round_seeds: int = 1  # seeds that go through the rounds
 
-  # The methods. The grids reach from where the paper's rates lie relative to
-  # OREO's, and further down where a small model came apart (maze: KTO from a
-  # tenth of OREO's rate on, DQO from OREO's own).
-  rejection: MethodConfig = dataclasses.field(
-    # Paper: the rate of OREO. Neither beta nor alpha is read.
-    default_factory=lambda: MethodConfig("rejection")
-  )
-  dpo: MethodConfig = dataclasses.field(
-    # Paper: beta 0.1 and a tenth of OREO's rate.
-    default_factory=lambda: MethodConfig(
-      "dpo", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03, 0.1, 0.3)
-    )
-  )
-  kto: MethodConfig = dataclasses.field(
-    # Paper: a hundredth of OREO's rate; beta 0.1 is KTO's own default.
-    default_factory=lambda: MethodConfig(
-      "kto", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03, 0.1, 0.3, 1.0)
-    )
-  )
-  dqo: MethodConfig = dataclasses.field(
-    # Paper: OREO's beta. DQO has no KL term beside that of beta.
-    default_factory=lambda: MethodConfig(
-      "dqo", alpha=0.0, lr_scales=(0.1, 0.3, 1.0, 3.0)
-    )
-  )
-  oreo_token: MethodConfig = dataclasses.field(
-    # Paper: beta 0.03, alpha 0.01.
-    default_factory=lambda: MethodConfig("oreo")
-  )
-  oreo_step: MethodConfig = dataclasses.field(
-    # Paper: alpha ten times the token level's.
-    default_factory=lambda: MethodConfig("oreo", "step", alpha=0.1)
-  )
-  oreo_response: MethodConfig = dataclasses.field(
-    # Paper: alpha thirty times the token level's.
-    default_factory=lambda: MethodConfig("oreo", "response", alpha=0.3)
-  )
+  rejection: MethodConfig = _section(MethodConfig)
+  dpo: MethodConfig = _section(MethodConfig)
+  kto: MethodConfig = _section(MethodConfig)
+  dqo: MethodConfig = _section(MethodConfig)
+  oreo_token: MethodConfig = _section(MethodConfig)
+  oreo_step: MethodConfig = _section(MethodConfig)
+  oreo_response: MethodConfig = _section(MethodConfig)
 
   def rules(self) -> Iterator[Rule]:
     """Yields how many seeds may go through the rounds."""
@@ -423,10 +390,6 @@ class CompareConfig(Section):
     )
 
 
-def _section(kind):
-  return dataclasses.field(default_factory=kind)
-
-
 @dataclasses.dataclass(unsafe_hash=True)
 class Config(Section):
   """A run, whole: what `get_config(variant)` of a file in configs/ returns."""
@@ -434,7 +397,7 @@ class Config(Section):
   seed: int = 0  # of the initial weights; stages have seeds of their own
   init: str = ""  # a checkpoint directory to start from; empty: random weights
   # Objectives that `run` trains besides.
-  baselines: tuple = setting(("rejection",), entry=str, choices=OBJECTIVES)
+  baselines: tuple = setting(("rejection",), entry=str)
   rounds: int = positive(1)  # collect-and-train rounds of `iterate`
   # Where the critic of a round starts: the round's reference, or the last one.
   round_critic: str = choice("fresh", "continue")

@@ -76,7 +76,6 @@ def test_whole_numbers_and_lists_are_taken_where_they_fit():
 @pytest.mark.parametrize(
   "values, flag",
   [
-    ({"train": {"objective": "ppo"}}, "train.objective"),
     ({"train": {"granularity": "word"}}, "train.granularity"),
     ({"train": {"kl": "k1"}}, "train.kl"),
     ({"train": {"beta": 0.0}}, "train.beta"),
@@ -95,7 +94,6 @@ def test_whole_numbers_and_lists_are_taken_where_they_fit():
     ({"data": {"tokenizer": "hf"}}, "data.tokenizer_path"),
     ({"collect": {"top_p": 0.0}}, "collect.top_p"),
     ({"evaluate": {"split": "train"}}, "evaluate.split"),
-    ({"baselines": ["ppo"]}, "baselines"),
   ],
 )
 def test_a_setting_that_cannot_work_names_its_flag(values, flag):
@@ -138,6 +136,18 @@ def test_every_setting_has_a_default():
 # Numbers that may be below zero, each with the reason.
 MAY_BE_NEGATIVE = {
   "train.reward_offset": "rewards may be shifted down",
+  **{
+    f"compare.{name}.alpha": "-1 is as the method's row says"
+    for name in (
+      "rejection",
+      "dpo",
+      "kto",
+      "dqo",
+      "oreo_token",
+      "oreo_step",
+      "oreo_response",
+    )
+  },  # fmt: skip
   "mesh.data": "-1 takes the devices that are left",
   "mesh.fsdp": "-1 takes the devices that are left",
   "mesh.tensor": "-1 takes the devices that are left",
@@ -219,8 +229,8 @@ def test_there_are_numbers_to_check():
     ({"evaluate": {"budgets": []}}, "evaluate.budgets"),
     ({"mesh": {"fsdp": 0}}, "mesh.fsdp"),
     ({"mesh": {"fsdp": -1}}, "mesh.data"),
-    ({"compare": {"dqo": {"beta": 0.0}}}, "compare.dqo.beta"),
-    ({"compare": {"kto": {"objective": "value"}}}, "compare.kto.objective"),
+    ({"compare": {"dqo": {"beta": -1.0}}}, "compare.dqo.beta"),
+    ({"compare": {"dqo": {"alpha": -0.5}}}, "compare.dqo.alpha"),
     ({"model": {"rope_scaling": [8.0, 1.0]}}, "model.rope_scaling"),
   ],
 )

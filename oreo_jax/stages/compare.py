@@ -24,7 +24,7 @@ from absl import logging
 
 from oreo_jax import files, report
 from oreo_jax.analysis.comparison import contrasts, summarise
-from oreo_jax.config import Config, ConfigError, MethodConfig
+from oreo_jax.config import Config, ConfigError
 from oreo_jax.progress import Progress
 from oreo_jax.stages.branch import Branch, Origin, measure
 from oreo_jax.stages.collect import collect
@@ -36,20 +36,14 @@ from oreo_jax.stages.rounds import (
 )
 from oreo_jax.stages.sft import fine_tune
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.train import TRAIN, train_objective
+from oreo_jax.stages.train import TRAIN, planned_updates, train_objective
 from oreo_jax.stages.workspace import Workspace
-from oreo_jax.train import DivergedError
+from oreo_jax.train import METHODS, DivergedError, get_method
 
-# Weights of the progress bar: about ten seconds each for the maze.
-_COST = {
-  "sft": 10,
-  "collect": 1,
-  "rejection": 2,
-  "dpo": 6,
-  "kto": 9,
-  "dqo": 9,
-  "oreo": 9,
-}
+# Weights of the progress bar: about ten seconds each for the maze. A training
+# that is not listed counts as `_TRAINING`.
+_COST = {"sft": 10, "collect": 1, "rejection": 6}
+_TRAINING = 9
 
 
 def run(workspace: Workspace, say: Say) -> None:
@@ -72,6 +66,7 @@ class Comparison:
     self.directory = workspace.directory / "compare"
     self._progress = progress
     self._counted: set[pathlib.Path] = set()
+    self._planned: dict[pathlib.Path, int] = {}
 
   def home(self, seed: int) -> Workspace:
     """Opens the SFT policy and the trajectories of a seed, made if need be."""
@@ -83,24 +78,21 @@ class Comparison:
     self._count(home.path("collect"), _COST["collect"])
     return home
 
+  def _updates(self, home: Workspace) -> int:
+    """Returns how many updates every method of a seed makes."""
+    if home.directory not in self._planned:
+      self._planned[home.directory] = planned_updates(home)
+    return self._planned[home.directory]
+
   def start(self, home: Workspace) -> Branch:
     """Opens the branch in which the SFT policy itself is measured."""
     return Branch(home.config, home.directory / "start", Origin(home))
 
   def cell(self, home: Workspace, name: str, lr: float) -> Branch:
     """Opens one method with one learning rate on the data of a seed."""
-    method: MethodConfig = getattr(self.settings, name)
-    config = home.config
-    train = dataclasses.replace(
-      config.train,
-      objective=method.objective,
-      granularity=method.granularity,
-      beta=method.beta,
-      alpha=method.alpha,
-      epochs=method.epochs or config.train.epochs,
-      lr=lr,
-    )
-    config = dataclasses.replace(config, train=train)
+    method = get_method(name).given(self.config)
+    updates = self._updates(home)
+    config = method.configure(home.config, lr=lr, updates=updates)
     directory = home.directory / name / f"lr_{lr:.3g}"
     return Branch(config, directory, Origin(home), trajectories_of=home)
 
@@ -117,7 +109,7 @@ class Comparison:
       cell.begin(TRAIN, "diverged").done(message=str(error))
       return False
     finally:
-      self._count(cell.directory, _COST[objective])
+      self._count(cell.directory, _COST.get(objective, _TRAINING))
     return True
 
   def search(self, home: Workspace, name: str) -> list[dict[str, Any]]:
@@ -167,7 +159,9 @@ class Comparison:
         Origin(last, objective),
       )
       rows.append(play_round(last, number))
-      self._count(last.directory, _COST["collect"] + _COST[objective])
+      self._count(
+        last.directory, _COST["collect"] + _COST.get(objective, _TRAINING)
+      )
     return rows
 
   def _count(self, directory: pathlib.Path, cost: int) -> None:
@@ -195,6 +189,7 @@ def compare(workspace: Workspace) -> dict[str, Any]:
       "config.evaluate.split=validation chooses the learning rates of a "
       "comparison: set --config.evaluate.split=test"
     )
+  methods = method_names(config)
   if settings.rounds > 1 and settings.round_seeds:
     check_rounds(workspace, settings.rounds)
   # A split that is too small is better noticed now than after the training.
@@ -214,7 +209,7 @@ def compare(workspace: Workspace) -> dict[str, Any]:
       home = plan.home(seed)
       sft = measure(plan.start(home), "", config.evaluate.split)
       measured["sft"].append(sft | {"seconds": home.record("sft")["seconds"]})
-      for name in settings.methods:
+      for name in methods:
         if seed == 0:
           searched[name] = plan.search(home, name)
           chosen[name] = best_rate(config, name, searched[name])
@@ -249,9 +244,21 @@ def compare(workspace: Workspace) -> dict[str, Any]:
   return results
 
 
+def method_names(config: Config) -> tuple[str, ...]:
+  """Returns the methods that are compared, in order.
+
+  Raises:
+    ConfigError: if one of them, or of those that go through rounds, is unknown.
+  """
+  for name in config.compare.round_methods:
+    get_method(name, "compare.round_methods")
+  names = config.compare.methods or tuple(METHODS)
+  return tuple(get_method(name).name for name in names)
+
+
 def learning_rates(config: Config, name: str) -> list[float]:
   """Returns the learning rates of a method's grid, rising."""
-  scales = getattr(config.compare, name).lr_scales
+  scales = get_method(name).given(config).lr_scales
   return sorted({float(f"{config.train.lr * scale:.3g}") for scale in scales})
 
 
@@ -282,8 +289,8 @@ def planned_cost(config: Config) -> int:
   """Returns the length of the progress bar; see `_COST`."""
   settings = config.compare
   total = settings.seeds * (_COST["sft"] + _COST["collect"])
-  for name in settings.methods:
-    cost = _COST[getattr(settings, name).objective]
+  for name in method_names(config):
+    cost = _COST.get(get_method(name).objective, _TRAINING)
     cells = settings.seeds - 1 + len(learning_rates(config, name))
     total += cells * cost
     if name in settings.round_methods:

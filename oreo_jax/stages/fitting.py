@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from oreo_jax import data, models, scoring, train
 from oreo_jax.analysis.values import value_aucs
-from oreo_jax.config import Config
+from oreo_jax.config import Config, StageConfig
 from oreo_jax.metrics import FILE_NAME, read_metrics
 from oreo_jax.models import Params
 from oreo_jax.stages.workspace import Workspace
@@ -50,7 +51,7 @@ def fit(
   config = objective.fit_rows(workspace.config)
   stage, name = objective.stage(config), objective.name
   loader = make_loader(config, objective, sequences)
-  steps = min(loader.num_steps, stage.max_steps or loader.num_steps)
+  steps = num_updates(stage, loader)
   setup = train.make_setup(config, objective, steps, loader.max_segments)
   logging.info(
     "%s: %d sequences, %d steps of %d rows, rows %.0f%% full",
@@ -98,12 +99,32 @@ def make_loader(
 ) -> data.Loader:
   """Makes the loader of a training stage, this process's rows of it."""
   stage = objective.stage(config)
+
+  def load(epochs: float) -> data.Loader:
+    return _load(config, stage, sequences, epochs)
+
+  loader = load(stage.epochs)
+  if stage.updates > loader.num_steps:
+    # Packing differs a little from epoch to epoch: one more is enough.
+    loader = load(math.ceil(stage.updates / loader.steps_in(0)) + 1)
+  return loader
+
+
+def num_updates(stage: StageConfig, loader: data.Loader) -> int:
+  """Returns how many updates a stage makes."""
+  updates = stage.updates or loader.num_steps
+  return min(updates, loader.num_steps, stage.max_steps or updates)
+
+
+def _load(
+  config: Config, stage: StageConfig, sequences: Sequence[Any], epochs: float
+) -> data.Loader:
   return data.make_loader(
     sequences,
     batch_size=stage.batch_size,
     row_length=config.data.row_length,
     seed=stage.seed,
-    epochs=stage.epochs,
+    epochs=epochs,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     on_long=config.data.on_long,

@@ -15,9 +15,10 @@ def run(workspace: Workspace, say: Say) -> None:
   start = time.monotonic()
   sft.run(workspace, say)
   collect.run(workspace, say)
-  for objective in workspace.config.baselines:
-    config = train.with_objective(workspace.config, objective)
-    train.run(workspace.with_config(config), say)
+  baselines = workspace.config.baselines
+  updates = train.planned_updates(workspace) if baselines else 0
+  for name in baselines:
+    train.run(train.with_baseline(workspace, name, updates), say)
   train.run(workspace, say)
   evaluate.run(workspace, say)
   page.run(workspace, say)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 
@@ -12,7 +14,7 @@ from oreo_jax.config import Config, ConfigError
 from oreo_jax.stages import fitting
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.workspace import Workspace, describe
-from oreo_jax.train import get_objective
+from oreo_jax.train import Objective, get_objective
 
 
 def run(workspace: Workspace, say: Say) -> None:
@@ -31,18 +33,10 @@ def train_objective(workspace: Workspace) -> None:
   name = objective.name
   if workspace.is_done(TRAIN, name):
     return logging.info("%s is done: %s", name, workspace.path(name))
-  settings = workspace.config.data
-  trajectories = workspace.trajectories()
-  used, held = data.split_by_problem(
-    trajectories, fraction=settings.held_out, seed=settings.seed
-  )
+  used, held = _split(workspace)
   granularity = workspace.config.train.granularity
   held_out = fitting.tokenize(workspace, held, granularity)
-  sequences = objective.sequences(
-    used,
-    lambda chosen: fitting.tokenize(workspace, chosen, granularity),
-    workspace.config.train,
-  )
+  sequences = _sequences(workspace, objective, used)
   if used and not sequences:
     right = sum(t.reward > 0.5 for t in used)
     raise ConfigError(
@@ -67,10 +61,64 @@ def train_objective(workspace: Workspace) -> None:
   return None
 
 
-def with_objective(config: Config, objective: str) -> Config:
-  """Returns the config with another objective to train."""
-  train = dataclasses.replace(config.train, objective=objective)
-  return dataclasses.replace(config, train=train)
+def planned_updates(workspace: Workspace) -> int:
+  """Returns how many updates `train.objective` makes on the trajectories.
+
+  Baselines that are compared with it make as many.
+  """
+  objective = get_objective(workspace.config.train.objective)
+  config = objective.fit_rows(workspace.config)
+  used, _ = _split(workspace)
+  sequences = _sequences(workspace, objective, used)
+  loader = fitting.make_loader(config, objective, sequences)
+  return fitting.num_updates(objective.stage(config), loader)
+
+
+def with_baseline(workspace: Workspace, name: str, updates: int) -> Workspace:
+  """Returns the run's folder with the settings of a baseline.
+
+  They are those of its row in `oreo compare`: OREO's temperature and rate
+  would destroy DPO.
+
+  Args:
+    workspace: of the run.
+    name: an objective; its folder is named after it.
+    updates: how many it makes, unless its row says epochs.
+  """
+  config = workspace.config
+  objective = get_objective(name, "baselines")
+  if objective.methods:
+    method = objective.methods[0].given(config)
+    lr = config.train.lr * method.lr_scale
+    config = method.configure(config, lr=lr, updates=updates)
+  else:
+    train = dataclasses.replace(config.train, objective=name)
+    config = dataclasses.replace(config, train=train)
+  return workspace.with_config(config)
+
+
+def _split(
+  workspace: Workspace,
+) -> tuple[list[data.Trajectory], list[data.Trajectory]]:
+  """Returns the trajectories to train on and the held-out ones."""
+  settings = workspace.config.data
+  return data.split_by_problem(
+    workspace.trajectories(), fraction=settings.held_out, seed=settings.seed
+  )
+
+
+def _sequences(
+  workspace: Workspace,
+  objective: Objective,
+  trajectories: list[data.Trajectory],
+) -> Sequence[Any]:
+  """Returns what the loader packs for an objective."""
+  train = workspace.config.train
+  return objective.sequences(
+    trajectories,
+    lambda chosen: fitting.tokenize(workspace, chosen, train.granularity),
+    train,
+  )
 
 
 def _reads(workspace: Workspace) -> dict[str, pathlib.Path]:

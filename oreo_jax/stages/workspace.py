@@ -39,6 +39,7 @@ from oreo_jax.models import Params
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
 from oreo_jax.rollout import Codec
 from oreo_jax.sharding import make_mesh, shardings_of
+from oreo_jax.train import get_objective
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
 from oreo_jax.train.roles import ROLES
 
@@ -89,6 +90,9 @@ class Workspace:
       ConfigError: if the config cannot work.
     """
     config.validate()
+    get_objective(config.train.objective)
+    for name in config.baselines:
+      get_objective(name, "baselines")
     self.directory = pathlib.Path(directory)
     self.given_config = config
     self.is_chief = hosts.is_chief()

@@ -2,7 +2,12 @@
 
 from oreo_jax.train.loop import DivergedError, PreemptedError, fit
 from oreo_jax.train.objective import Method, Objective
-from oreo_jax.train.objectives import METHODS, OBJECTIVES, get_objective
+from oreo_jax.train.objectives import (
+  METHODS,
+  OBJECTIVES,
+  get_method,
+  get_objective,
+)
 from oreo_jax.train.roles import full_configs, full_params, plain_models
 from oreo_jax.train.setup import Setup, make_setup
 from oreo_jax.train.state import TrainState, init_state, state_shardings
@@ -20,6 +25,7 @@ __all__ = [
   "fit",
   "full_configs",
   "full_params",
+  "get_method",
   "get_objective",
   "init_state",
   "make_setup",

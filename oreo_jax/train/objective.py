@@ -31,17 +31,67 @@ class Rows(NamedTuple):
 class Method:
   """A row of the table of `oreo compare`: an objective with its settings.
 
+  The rates reach from where the paper's lie relative to OREO's, and further
+  down where a small model came apart.
+
   Attributes:
     name: of its folder, and of its section in `config.compare`.
     label: its name in tables and plots.
     colour: its colour in plots, a key of `report.style.COLOURS`.
-    settings: what the method has of its own, by default.
+    objective: the name of its objective.
+    granularity: as `train.granularity`.
+    beta: as `train.beta`.
+    alpha: as `train.alpha`.
+    lr_scale: its rate in `oreo run`, in multiples of `train.lr`.
+    lr_scales: multiples of `train.lr` that `oreo compare` tries.
+    epochs: passes over its data; 0 makes as many updates as the objective that
+      the run is about.
   """
 
   name: str
   label: str
   colour: str
-  settings: MethodConfig
+  objective: str
+  granularity: str = "token"
+  beta: float = 0.03
+  alpha: float = 0.01
+  lr_scale: float = 1.0
+  lr_scales: tuple[float, ...] = (0.3, 1.0, 3.0)
+  epochs: float = 0.0
+
+  def given(self, config: Config) -> "Method":
+    """Returns the row with what its section in `config.compare` says."""
+    own = getattr(config.compare, self.name, None) or MethodConfig()
+    return dataclasses.replace(
+      self,
+      beta=own.beta or self.beta,
+      alpha=self.alpha if own.alpha < 0 else own.alpha,
+      lr_scale=own.lr_scale or self.lr_scale,
+      lr_scales=own.lr_scales or self.lr_scales,
+      epochs=own.epochs or self.epochs,
+    )
+
+  def configure(self, config: Config, *, lr: float, updates: int) -> Config:
+    """Returns the config of a stage that trains by this method.
+
+    Args:
+      config: of the run; call it on the row that `given` returned.
+      lr: the rate.
+      updates: how many to make where `epochs` is 0.
+    """
+    return dataclasses.replace(
+      config,
+      train=dataclasses.replace(
+        config.train,
+        objective=self.objective,
+        granularity=self.granularity,
+        beta=self.beta,
+        alpha=self.alpha,
+        lr=lr,
+        epochs=self.epochs or config.train.epochs,
+        updates=0 if self.epochs else updates,
+      ),
+    )
 
 
 def batch_of_step(loader: Loader, step: int) -> Batch:

@@ -5,7 +5,6 @@ import pytest
 from oracles.runs import tiny_run
 
 from oreo_jax.config import (
-  METHODS,
   CompareConfig,
   Config,
   ConfigError,
@@ -15,6 +14,7 @@ from oreo_jax.config import (
 )
 from oreo_jax.stages import compare
 from oreo_jax.stages.workspace import Workspace
+from oreo_jax.train import METHODS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,8 +31,8 @@ SMALL = CompareConfig(
   validation_problems=10,
   rounds=2,
   round_methods=("rejection",),
-  rejection=MethodConfig("rejection", lr_scales=(1.0, 3.0)),
-  dpo=MethodConfig("dpo", beta=0.1, alpha=0.0, lr_scales=(0.1,)),
+  rejection=MethodConfig(lr_scales=(1.0, 3.0)),
+  dpo=MethodConfig(lr_scales=(0.1,)),
 )
 
 
@@ -132,19 +132,17 @@ def test_what_a_comparison_cannot_have(tmp_path):
 
 def test_settings_of_a_comparison():
   Config(compare=SMALL).validate()
-  with pytest.raises(ConfigError, match="compare.methods"):
-    dataclasses.replace(SMALL, methods=("ppo",)).validate("compare")
-  with pytest.raises(ConfigError, match="compare.dpo.lr_scales"):
-    Config(
-      compare=CompareConfig(dpo=MethodConfig("dpo", lr_scales=()))
-    ).validate()
+  for field in ("methods", "round_methods"):
+    settings = dataclasses.replace(SMALL, **{field: ("ppo",)})
+    with pytest.raises(ConfigError, match=f"compare.{field}.*oreo_token"):
+      compare.method_names(Config(compare=settings))
+  assert compare.method_names(Config()) == tuple(METHODS)
   with pytest.raises(ConfigError, match="compare.share"):
     CompareConfig(share=0.0).validate("compare")
   with pytest.raises(ConfigError, match="round_seeds"):
     CompareConfig(seeds=1, round_seeds=2).validate()
   # A fair search: OREO gets no more tries than the others.
-  table = CompareConfig()
-  tried = {name: len(getattr(table, name).lr_scales) for name in METHODS}
+  tried = {name: len(row.lr_scales) for name, row in METHODS.items()}
   ours = [count for name, count in tried.items() if name.startswith("oreo")]
   assert max(ours) <= min(tried.values())
 

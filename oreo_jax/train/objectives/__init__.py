@@ -39,3 +39,17 @@ def get_objective(name: str, flag: str = "train.objective") -> Objective:
       + ", ".join(known)
     )
   return OBJECTIVES[name]
+
+
+def get_method(name: str, flag: str = "compare.methods") -> Method:
+  """Returns the row of `oreo compare` of that name.
+
+  Raises:
+    ConfigError: if there is none.
+  """
+  if name not in METHODS:
+    raise ConfigError(
+      f"config.{flag} names {name!r}: set --config.{flag} to some of "
+      + ", ".join(METHODS)
+    )
+  return METHODS[name]

@@ -3,7 +3,6 @@
 import jax
 
 from oreo_jax import losses
-from oreo_jax.config import MethodConfig
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
 from oreo_jax.train.forward import Forward
@@ -52,7 +51,9 @@ DQO = Objective(
       "dqo",
       "DQO",
       "green",
-      MethodConfig("dqo", alpha=0.0, lr_scales=(0.1, 0.3, 1.0, 3.0)),
+      "dqo",
+      alpha=0.0,
+      lr_scales=(0.1, 0.3, 1.0, 3.0),
     ),
   ),
 )

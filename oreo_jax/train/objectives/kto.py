@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 
 from oreo_jax import losses
-from oreo_jax.config import MethodConfig
 from oreo_jax.data.loader import Loader
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
@@ -99,9 +98,11 @@ KTO = Objective(
       "kto",
       "KTO",
       "purple",
-      MethodConfig(
-        "kto", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03, 0.1, 0.3, 1.0)
-      ),
+      "kto",
+      beta=0.1,
+      alpha=0.0,
+      lr_scale=0.01,
+      lr_scales=(0.01, 0.03, 0.1, 0.3, 1.0),
     ),
   ),
 )

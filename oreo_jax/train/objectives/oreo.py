@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from oreo_jax import losses
-from oreo_jax.config import MethodConfig, TrainConfig
+from oreo_jax.config import TrainConfig
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
 from oreo_jax.train.forward import Forward
@@ -94,18 +94,22 @@ OREO = Objective(
   methods=(
     # Paper: beta 0.03; alpha 0.01, ten times as much at the step level and
     # thirty times at the response level.
-    Method("oreo_token", "OREO, token", "blue", MethodConfig("oreo")),
+    Method("oreo_token", "OREO, token", "blue", "oreo"),
     Method(
       "oreo_step",
       "OREO, step",
       "blue",
-      MethodConfig("oreo", "step", alpha=0.1),
+      "oreo",
+      "step",
+      alpha=0.1,
     ),
     Method(
       "oreo_response",
       "OREO, response",
       "blue",
-      MethodConfig("oreo", "response", alpha=0.3),
+      "oreo",
+      "response",
+      alpha=0.3,
     ),
   ),
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from oreo_jax import losses
-from oreo_jax.config import MethodConfig, TrainConfig
+from oreo_jax.config import TrainConfig
 from oreo_jax.data import Tokenized, Trajectory, construct
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
@@ -96,9 +96,11 @@ DPO = Objective(
       "dpo",
       "DPO",
       "purple",
-      MethodConfig(
-        "dpo", beta=0.1, alpha=0.0, lr_scales=(0.01, 0.03, 0.1, 0.3)
-      ),
+      "dpo",
+      beta=0.1,
+      alpha=0.0,
+      lr_scale=0.1,
+      lr_scales=(0.01, 0.03, 0.1, 0.3),
     ),
   ),
 )

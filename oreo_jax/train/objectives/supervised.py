@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 
 from oreo_jax import losses
-from oreo_jax.config import MethodConfig, SftConfig, TrainConfig
+from oreo_jax.config import SftConfig, TrainConfig
 from oreo_jax.data import Tokenized, Trajectory, construct
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
@@ -71,8 +71,6 @@ REJECTION = Objective(
   sequences=right_answers,
   methods=(
     # Paper: the rate of OREO. Neither beta nor alpha is read.
-    Method(
-      "rejection", "Rejection sampling", "orange", MethodConfig("rejection")
-    ),
+    Method("rejection", "Rejection sampling", "orange", "rejection"),
   ),
 )
