@@ -229,7 +229,7 @@ def build(kind: type, values: dict[str, Any], path: str = "") -> Any:
     if key not in types:
       raise ConfigError(unknown_key(name, field_paths(kind(), path)))
     wanted = types[key]
-    if dataclasses.is_dataclass(wanted):
+    if issubclass(wanted, Section):
       value = build(wanted, value, name)
     elif wanted is float and type(value) is int:
       value = float(value)

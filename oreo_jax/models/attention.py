@@ -25,8 +25,8 @@ def rotary_angles(
     theta: base of the frequencies.
     scaling: empty, or Llama 3's (factor, low_freq_factor, high_freq_factor,
       original_length): wavelengths beyond original_length/low_freq_factor are
-      stretched by `factor`, those under original_length/high_freq_factor are
-      kept, and between them the two are blended.
+      stretched by `factor`, those under original_length/high_freq_factor stay
+      as they are, and between them the two are blended.
 
   Returns:
     cos, sin: f32[B, T, 1, H/2]; float32, as bf16 positions lose whole tokens.
@@ -36,9 +36,10 @@ def rotary_angles(
   if scaling:
     factor, low, high, original = scaling
     turns = original * frequency / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    frequency = kept * frequency + (1.0 - kept) * frequency / factor
-  angles = positions.astype(jnp.float32)[..., None] * frequency
+    # 1 where a wavelength turns often enough to stay, 0 where it is stretched.
+    share = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    frequency = share * frequency + (1.0 - share) * frequency / factor
+  angles = positions.astype(jnp.float32)[..., None] * frequency[None, None]
   return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 
@@ -57,7 +58,7 @@ def packed_mask(
   """Returns bool[B, T, T]: causal, and within a segment only.
 
   Padding (segment 0) sees padding: no row of the mask is empty, so the softmax
-  stays finite; what it gives is never read.
+  stays finite. What padding gives is never read.
   """
   length = segment_ids.shape[1]
   query = jnp.arange(length)[:, None]
@@ -138,7 +139,9 @@ def attend_branches(
   """Attention of branches that share a prefix; each key is read once.
 
   R = P * branches rows of queries look at the P prefixes they grew from and at
-  their own M tokens; one softmax over both.
+  their own M tokens. The scores of both lie side by side under one softmax, so
+  the result is what `attend` gives on a prefix copied to each of its branches,
+  without the copies: what bounds decoding is the bytes of keys that are read.
 
   Args:
     query: [R, T, N, H], the branches of a prefix side by side.
@@ -155,22 +158,25 @@ def attend_branches(
   prefixes, slots, kv_heads, _ = prefix[0].shape
   group, branches = heads // kv_heads, rows // prefixes
   count = group * length
-  # [R, K, G * T, H]: the queries of a branch that share a key.
+  # [R, K, G * T, H]: all queries of a branch that share a key head are rows of
+  # one matrix, as in `attend`. C stands for G * T below.
   query = query.reshape(rows, length, kv_heads, group, width)
   query = query.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, count, width)
 
-  def beside(x):
-    """[R, K, C, X] -> [P, K, branches * C, X]."""
+  def beside(x: jax.Array) -> jax.Array:
+    """[R, K, C, X] -> [P, K, branches * C, X]: one matrix for each prefix."""
     x = x.reshape(prefixes, branches, kv_heads, count, -1)
     return x.transpose(0, 2, 1, 3, 4).reshape(
       prefixes, kv_heads, branches * count, -1
     )
 
-  def apart(x):
-    """The inverse of `beside`."""
+  def apart(x: jax.Array) -> jax.Array:
+    """The inverse of `beside`: [P, K, branches * C, X] -> [R, K, C, X]."""
     x = x.reshape(prefixes, kv_heads, branches, count, -1)
     return x.transpose(0, 2, 1, 3, 4).reshape(rows, kv_heads, count, -1)
 
+  # The prefix sees the queries of all its branches as rows of one product; a
+  # branch's own tokens are a product of each branch alone.
   old = jnp.einsum(
     "pkrh,pskh->pkrs",
     beside(query),
@@ -186,12 +192,16 @@ def attend_branches(
       jnp.where(
         prefix_mask[:, None, None], apart(old).reshape(shape) * scale, -1e30
       ),
-      jnp.where(local_mask, new.reshape(shape) * scale, -1e30),
+      jnp.where(
+        local_mask[None, None, None], new.reshape(shape) * scale, -1e30
+      ),
     ],
     axis=-1,
   )
   weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   weights = weights.reshape(rows, kv_heads, count, -1)
+  # The weights come apart where the scores were joined: the first S belong to
+  # the prefix, the last M to the branch.
   mixed = apart(
     jnp.einsum("pkrs,pskh->pkrh", beside(weights[..., :slots]), prefix[1])
   ) + jnp.einsum("rkcm,rmkh->rkch", weights[..., slots:], local[1])

@@ -6,6 +6,7 @@ One block serves every family: bias on q/k/v (Qwen2), RMSNorm on q and k
 `jax.lax.scan`. Only `functional.py` builds and calls these classes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,13 @@ from flax import nnx
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import attention
-from oreo_jax.models.lora import Linear
+from oreo_jax.models.lora import Axes, Linear, with_leading
 from oreo_jax.sharding import constrain_batch
+
+# cos and sin of `attention.rotary_angles`.
+Rotary = tuple[jax.Array, jax.Array]
+# (query [B, T, N, H], key, value [B, T, K, H], scale) -> mixed [B, T, N, H].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 
 
 class Cache(NamedTuple):
@@ -41,7 +47,8 @@ class Norm(nnx.Module):
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(mean_square + self.eps)
-    return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    scale = with_leading(self.scale[...].astype(jnp.float32), x.ndim)
+    return (wide * scale).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -52,7 +59,13 @@ class Block(nnx.Module):
     self.config = c
     dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
 
-    def linear(name, inputs, outputs, bias=False, shrink=1.0):
+    def linear(
+      name: str,
+      inputs: Axes,
+      outputs: Axes,
+      bias: bool = False,
+      shrink: float = 1.0,
+    ) -> Linear:
       adapted = name in c.lora_targets
       return Linear(
         inputs,
@@ -67,7 +80,7 @@ class Block(nnx.Module):
         lora_alpha=c.lora_alpha,
       )
 
-    def norm(size):
+    def norm(size: int) -> Norm:
       return Norm(size, eps=c.norm_eps, param_dtype=param_dtype)
 
     embed = (("embed", c.embed_dim),)
@@ -78,8 +91,8 @@ class Block(nnx.Module):
     self.q = linear("q", embed, heads, c.qkv_bias)
     self.k = linear("k", embed, kv_heads, c.qkv_bias)
     self.v = linear("v", embed, kv_heads, c.qkv_bias)
-    # The 2 L additions to the residual stream start out together as large as
-    # one, so that the token stays legible beneath them.
+    # The 2 L additions to the residual stream together start out as large as
+    # one would alone, so that they do not drown the embedding of the token.
     shrink = (2 * c.num_layers) ** -0.5
     self.o = linear("o", heads, embed, shrink=shrink)
     self.q_norm = norm(c.head_dim) if c.qk_norm else None
@@ -89,14 +102,13 @@ class Block(nnx.Module):
     self.up = linear("up", embed, mlp)
     self.down = linear("down", mlp, embed, shrink=shrink)
 
-  def __call__(self, x, rotary, attend):
+  def __call__(self, x: jax.Array, rotary: Rotary, attend: Attend) -> jax.Array:
     """Runs the block.
 
     Args:
       x: [B, T, D].
       rotary: cos and sin of `attention.rotary_angles`.
-      attend: (query [B, T, N, H], key, value [B, T, K, H], scale) -> mixed
-        values [B, T, N, H]; it knows masks and caches.
+      attend: mixes the values for the queries; it knows masks and caches.
 
     Returns:
       [B, T, D].
@@ -115,7 +127,12 @@ class Block(nnx.Module):
     return constrain_batch(x + y * c.residual_scale)
 
 
-def _put(cache: jax.Array, new: jax.Array, index, slot) -> jax.Array:
+def _put(
+  cache: jax.Array,
+  new: jax.Array,
+  index: jax.Array,
+  slot: jax.Array | int,
+) -> jax.Array:
   """Writes [R, T, K, H] into a layer's slots from `slot` on."""
   start = [jnp.asarray(i, jnp.int32) for i in (index, 0, slot, 0, 0)]
   return jax.lax.dynamic_update_slice(
@@ -123,12 +140,15 @@ def _put(cache: jax.Array, new: jax.Array, index, slot) -> jax.Array:
   )
 
 
-def _layer_of(cache: Cache, index: jax.Array, dtype) -> tuple:
+def _layer_of(
+  cache: Cache, index: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
   """Returns one layer's keys and values, cast for computing."""
-  return tuple(
+  keys, values = (
     jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype)
     for x in cache
   )
+  return keys, values
 
 
 _REMAT_POLICIES = {
@@ -170,26 +190,31 @@ class Decoder(nnx.Module):
         (table * std).astype(param_dtype), out_sharding=("embed", "vocab")
       )
 
-  def __call__(self, tokens, positions, segment_ids):
+  def __call__(
+    self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+  ) -> jax.Array:
     """Runs packed rows; returns the hidden states [B, T, D]."""
     c = self.config
     mask = attention.packed_mask(segment_ids, sliding_window=c.sliding_window)
 
-    def attend(query, key, value, scale):
+    def attend(
+      query: jax.Array, key: jax.Array, value: jax.Array, scale: float
+    ) -> jax.Array:
       return attention.attend(query, key, value, mask, scale=scale)
 
     graph, stacked = nnx.split(self.layers)
     rotary = self._rotary(positions)
 
-    def layer(x, params):
+    def layer(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
       return nnx.merge(graph, params)(x, rotary, attend), None
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[c.remat])
     x = self._embed(tokens)
     if c.lora_layers:
-      # Nothing is trained below the adapted layers. Cut off at both entrances,
-      # so that no tangent, residual or backward pass of them is ever made.
+      # Nothing is trained below the adapted layers. The gradient is stopped
+      # where activations and where weights enter them, so that JAX makes no
+      # tangent, no residual and no backward pass of these layers.
       count = c.num_layers - c.lora_layers
       frozen = jax.tree.map(lambda p: p[:count], stacked)
       stacked = jax.tree.map(lambda p: p[count:], stacked)
@@ -199,7 +224,9 @@ class Decoder(nnx.Module):
     x, _ = jax.lax.scan(layer, x, stacked, unroll=c.unroll)
     return self.final_norm(x)
 
-  def read(self, tokens, positions, cache):
+  def read(
+    self, tokens: jax.Array, positions: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
     """Writes tokens into a cache at their positions.
 
     Negative positions are padding. Returns the hidden states and the cache.
@@ -210,22 +237,38 @@ class Decoder(nnx.Module):
       positions, slots, sliding_window=c.sliding_window
     )
     rows = jnp.arange(tokens.shape[0])[:, None]
-    # Padding is written nowhere: -1 would wrap to the last slot.
+    # Padding goes to a slot that does not exist, where `mode="drop"` ignores
+    # it: an index of -1 would mean the last slot.
     target = jnp.where(positions < 0, slots, positions)
 
-    def attend(cache, index, _, query, key, value, scale):
+    def attend(
+      cache: Cache,
+      index: jax.Array,
+      unused_frozen: None,
+      query: jax.Array,
+      key: jax.Array,
+      value: jax.Array,
+      scale: float,
+    ) -> tuple[jax.Array, Cache]:
       cache = Cache(
         *(
           x.at[index, rows, target].set(new.astype(x.dtype), mode="drop")
           for x, new in zip(cache, (key, value), strict=True)
         )
       )
-      mine = _layer_of(cache, index, query.dtype)
-      return attention.attend(query, *mine, mask, scale=scale), cache
+      keys, values = _layer_of(cache, index, query.dtype)
+      return attention.attend(query, keys, values, mask, scale=scale), cache
 
     return self._run_cached(tokens, positions, attend, cache)
 
-  def branch(self, tokens, prefix, lengths, local, slot):
+  def branch(
+    self,
+    tokens: jax.Array,
+    prefix: Cache,
+    lengths: jax.Array,
+    local: Cache,
+    slot: jax.Array | int,
+  ) -> tuple[jax.Array, Cache]:
     """Continues branches of shared prefixes; see `functional.apply_branches`.
 
     Returns the hidden states and the new local cache; the prefix is only read.
@@ -234,19 +277,29 @@ class Decoder(nnx.Module):
     rows, length = tokens.shape
     branches = rows // lengths.shape[0]
     offsets = slot + jnp.arange(length, dtype=jnp.int32)
+    # A branch goes on where its prefix ends, so the position of its token m is
+    # lengths + m. Every branch has the same m, and needs one local mask only.
     lengths = jnp.repeat(lengths, branches)[:, None]
-    positions = lengths + offsets
-    key = jnp.arange(prefix.keys.shape[2])
-    prefix_mask = (key < lengths)[:, None, :]
-    prefix_mask = jnp.broadcast_to(prefix_mask, (rows, length, key.size))
-    local_key = jnp.arange(local.keys.shape[2])
-    local_mask = local_key[None] <= offsets[:, None]
+    positions = lengths + offsets[None]
+    key = jnp.arange(prefix.keys.shape[2])[None, None]
+    prefix_mask = jnp.broadcast_to(
+      key < lengths[..., None], (rows, length, key.size)
+    )
+    local_key = jnp.arange(local.keys.shape[2])[None]
+    local_mask = local_key <= offsets[:, None]
     if c.sliding_window:
-      near = positions[..., None] - key < c.sliding_window
-      prefix_mask &= near
+      prefix_mask &= positions[..., None] - key < c.sliding_window
       local_mask &= offsets[:, None] - local_key < c.sliding_window
 
-    def attend(local, index, old, query, key, value, scale):
+    def attend(
+      local: Cache,
+      index: jax.Array,
+      frozen: Cache,
+      query: jax.Array,
+      key: jax.Array,
+      value: jax.Array,
+      scale: float,
+    ) -> tuple[jax.Array, Cache]:
       local = Cache(
         *(
           _put(x, new, index, slot)
@@ -255,7 +308,7 @@ class Decoder(nnx.Module):
       )
       mixed = attention.attend_branches(
         query,
-        tuple(x.astype(query.dtype) for x in old),
+        (frozen.keys.astype(query.dtype), frozen.values.astype(query.dtype)),
         prefix_mask,
         _layer_of(local, index, query.dtype),
         local_mask,
@@ -265,27 +318,53 @@ class Decoder(nnx.Module):
 
     return self._run_cached(tokens, positions, attend, local, prefix)
 
-  def _run_cached(self, tokens, positions, attend, cache, frozen=None):
+  def _run_cached(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Callable[..., tuple[jax.Array, Cache]],
+    cache: Cache,
+    frozen: Cache | None = None,
+  ) -> tuple[jax.Array, Cache]:
     """Runs the layers over a cache.
 
     The cache is carried, not scanned over: the loop then updates it in place
     instead of stacking a new one. What is only read (`frozen`) is scanned.
+
+    Args:
+      tokens: i32[B, T].
+      positions: i32[B, T].
+      attend: (cache, layer's index, layer's slice of `frozen`, and what an
+        `Attend` takes) -> (mixed values, the cache with the new keys).
+      cache: is written to.
+      frozen: is only read.
+
+    Returns:
+      The hidden states [B, T, D] and the cache.
     """
     graph, stacked = nnx.split(self.layers)
     rotary = self._rotary(positions)
 
-    def layer(carry, inputs):
+    def layer(
+      carry: tuple[jax.Array, Cache],
+      inputs: tuple[nnx.State, jax.Array, Cache | None],
+    ) -> tuple[tuple[jax.Array, Cache], None]:
       x, cache = carry
-      params, index, old = inputs
-      kept = []
+      params, index, layer_frozen = inputs
 
-      def attend_and_keep(*args):
-        mixed, new = attend(cache, index, old, *args)
-        kept.append(new)
+      # A block hands on the mixed values alone, so the new cache leaves it by
+      # this side door; the block calls it once.
+      def attend_and_write(
+        query: jax.Array, key: jax.Array, value: jax.Array, scale: float
+      ) -> jax.Array:
+        nonlocal cache
+        mixed, cache = attend(
+          cache, index, layer_frozen, query, key, value, scale
+        )
         return mixed
 
-      x = nnx.merge(graph, params)(x, rotary, attend_and_keep)
-      return (x, kept[0]), None
+      x = nnx.merge(graph, params)(x, rotary, attend_and_write)
+      return (x, cache), None
 
     index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
     (x, cache), _ = jax.lax.scan(
@@ -296,12 +375,12 @@ class Decoder(nnx.Module):
     )
     return self.final_norm(x), cache
 
-  def _embed(self, tokens):
+  def _embed(self, tokens: jax.Array) -> jax.Array:
     c = self.config
     x = jnp.take(self.embedding[...], tokens, axis=0).astype(c.dtype)
     return constrain_batch(x * c.embed_scale)
 
-  def _rotary(self, positions):
+  def _rotary(self, positions: jax.Array) -> Rotary:
     c = self.config
     return attention.rotary_angles(
       positions,

@@ -230,11 +230,13 @@ def _build(config: ModelConfig, head: str, key: jax.Array) -> Decoder:
 
 
 @functools.lru_cache(maxsize=64)
-def _skeleton_of(config: tuple, head: str):
-  config = ModelConfig(**dict(config))
-  graphs = []
+def _skeleton_of(
+  settings: tuple[tuple[str, Any], ...], head: str
+) -> tuple[nnx.GraphDef, nnx.State]:
+  config = ModelConfig(**dict(settings))
+  graphs: list[nnx.GraphDef] = []
 
-  def build():
+  def build() -> nnx.State:
     graph, state = nnx.split(_build(config, head, jax.random.key(0)))
     graphs.append(graph)
     return state
@@ -244,6 +246,7 @@ def _skeleton_of(config: tuple, head: str):
   return graphs[0], state
 
 
-def _skeleton(config: ModelConfig, head: str):
+def _skeleton(config: ModelConfig, head: str) -> tuple[nnx.GraphDef, nnx.State]:
+  """Returns the static graph and the abstract state of a model, cached."""
   # A config can be changed in place: the cache is keyed by its values.
   return _skeleton_of(tuple(sorted(dataclasses.asdict(config).items())), head)

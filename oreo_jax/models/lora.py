@@ -19,6 +19,7 @@ from flax import nnx, traverse_util
 from oreo_jax.config import ModelConfig
 
 Params = dict[str, Any]
+Axes = tuple[tuple[str, int], ...]  # logical name and size of each dimension
 
 ADAPTER = ("lora_a", "lora_b")
 
@@ -28,8 +29,8 @@ class Linear(nnx.Module):
 
   def __init__(
     self,
-    inputs: tuple[tuple[str, int], ...],
-    outputs: tuple[tuple[str, int], ...],
+    inputs: Axes,
+    outputs: Axes,
     *,
     rngs: nnx.Rngs,
     dtype: jnp.dtype,
@@ -48,7 +49,7 @@ class Linear(nnx.Module):
     self.contracted = len(in_shape)
     self.dtype = dtype
 
-    def draw(shape, std):
+    def draw(shape: tuple[int, ...], std: float) -> jax.Array:
       return jax.random.normal(rngs.params(), shape, jnp.float32) * std
 
     self.kernel = nnx.Param(
@@ -80,8 +81,13 @@ class Linear(nnx.Module):
       high = _contract(low, self.lora_b[...].astype(self.dtype), 1)
       y = y + high * self.lora_scale
     if self.bias is not None:
-      y = y + self.bias[...].astype(self.dtype)
+      y = y + with_leading(self.bias[...].astype(self.dtype), y.ndim)
     return y
+
+
+def with_leading(array: jax.Array, ndim: int) -> jax.Array:
+  """Puts dimensions of size 1 first, until there are `ndim` of them."""
+  return jnp.expand_dims(array, tuple(range(ndim - array.ndim)))
 
 
 def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:

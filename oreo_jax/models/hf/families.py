@@ -82,15 +82,15 @@ def _nothing(_: Any) -> dict[str, Any]:
   return {}
 
 
-def _read_mistral(hf):
+def _read_mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
   return {"sliding_window": hf.get("sliding_window", 4096) or 0}
 
 
-def _write_mistral(config):
+def _write_mistral(config: ModelConfig) -> dict[str, Any]:
   return {"sliding_window": config.sliding_window or None}
 
 
-def _read_qwen(hf):
+def _read_qwen(hf: Mapping[str, Any]) -> dict[str, Any]:
   layers = hf["num_hidden_layers"]
   window = hf.get("sliding_window", 4096) or 0
   if not hf.get("use_sliding_window", False):
@@ -108,7 +108,7 @@ def _read_qwen(hf):
   return {"sliding_window": window if all(sliding) else 0}
 
 
-def _write_qwen(config):
+def _write_qwen(config: ModelConfig) -> dict[str, Any]:
   window = config.sliding_window
   return {
     "use_sliding_window": bool(window),
@@ -117,7 +117,7 @@ def _write_qwen(config):
   }
 
 
-def _read_granite(hf):
+def _read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
   return {
     "embed_scale": float(hf.get("embedding_multiplier", 1.0)),
     "residual_scale": float(hf.get("residual_multiplier", 1.0)),
@@ -126,7 +126,7 @@ def _read_granite(hf):
   }
 
 
-def _write_granite(config):
+def _write_granite(config: ModelConfig) -> dict[str, Any]:
   return {
     "embedding_multiplier": config.embed_scale,
     "residual_multiplier": config.residual_scale,
@@ -135,7 +135,7 @@ def _write_granite(config):
   }
 
 
-def _read_minicpm(hf):
+def _read_minicpm(hf: Mapping[str, Any]) -> dict[str, Any]:
   # All three are 1 where config.json has no such key (the defaults of the
   # authors' configuration_minicpm.py), and the divisions take place all the
   # same: a scale of 1 is not "no scale".
@@ -147,7 +147,7 @@ def _read_minicpm(hf):
   }
 
 
-def _write_minicpm(config):
+def _write_minicpm(config: ModelConfig) -> dict[str, Any]:
   return {
     "scale_emb": config.embed_scale,
     "scale_depth": _tidy(config.residual_scale * math.sqrt(config.num_layers)),
@@ -156,7 +156,7 @@ def _write_minicpm(config):
 
 
 def _tidy(number: float) -> float:
-  """Undoes the last bit's rounding of a product, so that imports invert."""
+  """Rounds off the last bits of a product, so that an import undoes it."""
   return round(number, 12)
 
 
@@ -222,7 +222,7 @@ def expresses(name: str, config: ModelConfig) -> bool:
   if name == "minicpm" and (
     config.head_dim * config.num_heads != config.embed_dim
   ):
-    return False  # its config.json has no head_dim
+    return False  # Its config.json has no head_dim.
   return set(family.needs) <= special <= {*family.needs, *family.allows}
 
 
@@ -249,6 +249,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     raise ValueError(f"hidden_act={hf['hidden_act']!r} is not supported: silu")
   try:
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
+    needed: dict[str, Any] = dict.fromkeys(family.needs, True)
     return ModelConfig(
       family=name,
       vocab_size=hf["vocab_size"],
@@ -262,7 +263,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
       tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
       max_positions=hf.get("max_position_embeddings") or 0,
       **_read_rope(hf),
-      **{key: True for key in family.needs},
+      **needed,
       **family.read(hf),
     )
   except KeyError as error:
@@ -306,7 +307,7 @@ def write_config(name: str, config: ModelConfig, head: str) -> dict[str, Any]:
   return hf
 
 
-def _read_rope(hf):
+def _read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
   # transformers 5 keeps all of it in rope_parameters, 4 in two keys.
   rope = {
     "rope_theta": hf.get("rope_theta", 10_000.0),
@@ -314,7 +315,7 @@ def _read_rope(hf):
     **(hf.get("rope_parameters") or {}),
   }
   kind = rope.get("rope_type", rope.get("type", "default"))
-  scaling = ()
+  scaling: tuple[float, ...] = ()
   if kind == "llama3":
     scaling = (
       float(rope["factor"]),
@@ -331,7 +332,7 @@ def _read_rope(hf):
   return {"rope_theta": float(rope["rope_theta"]), "rope_scaling": scaling}
 
 
-def _write_rope_scaling(scaling):
+def _write_rope_scaling(scaling: tuple[float, ...]) -> dict[str, Any] | None:
   if not scaling:
     return None
   factor, low, high, original = scaling

@@ -1,4 +1,4 @@
-"""The files of checkpoints: safetensors, read in part, and GGUF.
+"""The files of checkpoints: safetensors, read block by block, and GGUF.
 
 Nothing is unpickled and no code of a checkpoint runs.
 """
@@ -16,7 +16,7 @@ SINGLE = "model.safetensors"
 
 
 class Tensors(Protocol):
-  """Named arrays that can be read in part."""
+  """Named arrays of which a block can be read alone."""
 
   def names(self) -> Iterable[str]:
     """Returns the names of all tensors."""
@@ -25,7 +25,7 @@ class Tensors(Protocol):
     """Returns the shape of a tensor."""
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Returns a part of a tensor."""
+    """Returns a block of a tensor."""
 
 
 class SafetensorFiles:
@@ -60,10 +60,10 @@ class SafetensorFiles:
     return tuple(self._slice(name).get_shape())
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Returns a part of a tensor."""
+    """Returns a block of a tensor."""
     return self._slice(name)[index]
 
-  def _slice(self, name: str):
+  def _slice(self, name: str) -> Any:
     file = self._where[name]
     try:
       return self._open(file).get_slice(name)
@@ -72,7 +72,7 @@ class SafetensorFiles:
         f"{self._path / file}: {error}, though {INDEX} says it is there"
       ) from None
 
-  def _open(self, file: str):
+  def _open(self, file: str) -> Any:
     if file not in self._files:
       try:
         self._files[file] = safe_open(self._path / file, framework="numpy")
@@ -99,7 +99,7 @@ class ArrayTensors:
     return self._arrays[name].shape
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Returns a part of a tensor."""
+    """Returns a block of a tensor."""
     return self._arrays[name][index]
 
 
@@ -150,7 +150,8 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def _without_quantization(hf: dict[str, Any]) -> dict[str, Any]:
-  # The weights are dequantised when read, and GGUF keeps 1e-5 as a float32.
+  # The weights are dequantised when they are read. GGUF keeps 1e-5 as a
+  # float32, whose digits beyond the sixth are noise.
   hf = {**hf, "quantization_config": None}
   hf["rms_norm_eps"] = float(f"{hf['rms_norm_eps']:.6g}")
   return hf

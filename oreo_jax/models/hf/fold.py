@@ -2,9 +2,9 @@
 
 The families scale activations: x E s_e at the input, x + s_r f(x) at every
 residual, q.k s_a in attention and s_l at the logits. Each factor stands next
-to a linear map, which can hold it instead. The model is the same function (up
-to rounding of the scaled weights: nothing in float32 terms, half a unit in the
-last place when kept in bfloat16), and every server of Llama models reads it.
+to a linear map, which can hold it instead. The model stays the same function,
+up to the rounding of the scaled weights (half a unit in the last place of the
+dtype they are stored in), and every server of Llama models reads it.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def fold_multipliers(
   params = {**params, "layers": dict(params["layers"])}
   layers = params["layers"]
 
-  def scale_layers(name, leaf, factor):
+  def scale_layers(name: str, leaf: str, factor: float) -> None:
     layers[name] = {
       **layers[name],
       leaf: _scaled(layers[name][leaf], factor),

@@ -6,9 +6,10 @@ that its own devices hold leave the disk. Safetensors only (or GGUF through
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ from oreo_jax.models.hf.files import (
   read_json,
 )
 from oreo_jax.sharding import shardings_of
+
+Index = tuple[slice, ...]  # where a block lies in an array
 
 # Buffers that old checkpoints carry and the config determines.
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -107,9 +110,9 @@ def load_eos_ids(path: str | pathlib.Path) -> tuple[int, ...]:
     names = ("generation_config.json", "config.json")
     files = [read_json(path / n) for n in names if (path / n).exists()]
   for values in files:
-    found = values.get("eos_token_id")
-    if found is not None:
-      return tuple(found) if isinstance(found, list) else (found,)
+    ids = values.get("eos_token_id")
+    if ids is not None:
+      return tuple(ids) if isinstance(ids, list) else (ids,)
   return ()
 
 
@@ -118,43 +121,69 @@ def joined_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(math.prod(shape[d] for d in dims) for dims in layout)
 
 
-def read_part(
+def read_block(
   tensors: Tensors,
   name: str,
   layout: Layout,
   shape: tuple[int, ...],
-  index: tuple[slice, ...],
+  index: Index,
 ) -> np.ndarray:
-  """Reads a part of one of our arrays from the tensor that holds it.
+  """Reads a block of one of our arrays from the tensor that holds it.
 
   Args:
     tensors: the checkpoint.
     name: the tensor.
     layout: which of our dimensions each of its dimensions joins.
     shape: of our array, without the layer dimension.
-    index: the part of our array; of joined dimensions only the first may be
-      cut.
+    index: where the block lies in our array; of joined dimensions only the
+      first may be cut.
 
   Returns:
-    The part, in our order of dimensions.
+    The block, in our order of dimensions.
   """
   bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-  cut = []
+  slices = []
   for dims in layout:
+    # A step along the first of the joined dimensions is `inner` steps along
+    # the tensor's.
     inner = math.prod(shape[d] for d in dims[1:])
     start, stop = bounds[dims[0]]
-    cut.append(slice(start * inner, stop * inner))
+    slices.append(slice(start * inner, stop * inner))
+  # The tensor has our dimensions in this order: take the joined ones apart,
+  # then bring them into ours.
   order = [d for dims in layout for d in dims]
   sizes = [bounds[d][1] - bounds[d][0] for d in order]
-  part = tensors.read(name, tuple(cut)).reshape(sizes)
-  return part.transpose(np.argsort(order))
+  block = tensors.read(name, tuple(slices)).reshape(sizes)
+  return block.transpose(np.argsort(order))
 
 
-def _read_params(path, tensors, keys, config, head, held, mesh):
+def _read_params(
+  path: pathlib.Path,
+  tensors: Tensors,
+  keys: Mapping[str, Key],
+  config: ModelConfig,
+  head: str,
+  held: str,
+  mesh: jax.sharding.Mesh | None,
+) -> Params:
+  """Reads every parameter into its shards.
+
+  Args:
+    path: the checkpoint, for messages.
+    tensors: the checkpoint's tensors.
+    keys: the family's key table.
+    config: the architecture.
+    head: the head to return.
+    held: the head that the checkpoint holds.
+    mesh: where the parameters go; None for one device.
+
+  Returns:
+    The parameters.
+  """
   shapes = abstract_params(config, head=head)
   if mesh is None:
-    whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: whole, shapes)
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, shapes)
   else:
     shardings = shardings_of(logical_axes(config, head=head), shapes, mesh)
   flat_shapes = traverse_util.flatten_dict(shapes, sep=".")
@@ -166,43 +195,59 @@ def _read_params(path, tensors, keys, config, head, held, mesh):
     if not fresh:
       _check_shape(path, tensors, key, leaf, abstract)
 
-    def part(index, key=key, leaf=leaf, abstract=abstract, fresh=fresh):
-      if fresh:
-        block = np.zeros(abstract.shape, abstract.dtype)
-        return block[index]
-      return _read_leaf(tensors, key, leaf, abstract, index)
-
+    if fresh:
+      read = functools.partial(_zeros, abstract)
+    else:
+      read = functools.partial(_read_leaf, tensors, key, leaf, abstract)
     params[leaf] = jax.make_array_from_callback(
-      abstract.shape, flat_shardings[leaf], _once(part)
+      abstract.shape, flat_shardings[leaf], _once(read)
     )
   return traverse_util.unflatten_dict(params, sep=".")
 
 
-def _read_leaf(tensors, key: Key, leaf: str, abstract, index):
-  """Reads the part `index` of a parameter, over its layers if it has them."""
+def _zeros(abstract: jax.ShapeDtypeStruct, index: Index) -> np.ndarray:
+  return np.zeros(abstract.shape, abstract.dtype)[index]
+
+
+def _read_leaf(
+  tensors: Tensors,
+  key: Key,
+  leaf: str,
+  abstract: jax.ShapeDtypeStruct,
+  index: Index,
+) -> np.ndarray:
+  """Reads the block at `index` of a parameter, over its layers if stacked."""
   if not _is_stacked(leaf):
-    part = read_part(tensors, key.name, key.layout, abstract.shape, index)
-    return np.asarray(part, abstract.dtype)
+    block = read_block(tensors, key.name, key.layout, abstract.shape, index)
+    return np.asarray(block, abstract.dtype)
   first, last, _ = index[0].indices(abstract.shape[0])
-  parts = None
-  for i, layer in enumerate(range(first, last)):
-    name = key.name.format(layer=layer)
-    part = read_part(tensors, name, key.layout, abstract.shape[1:], index[1:])
-    if parts is None:
-      parts = np.empty((last - first, *part.shape), abstract.dtype)
-    parts[i] = part
-  return parts
+  # Layer by layer into one array, as both at once would double the memory.
+  sizes = [
+    len(range(*cut.indices(size)))
+    for cut, size in zip(index, abstract.shape, strict=True)
+  ]
+  blocks = np.empty(sizes, abstract.dtype)
+  for layer in range(first, last):
+    blocks[layer - first] = read_block(
+      tensors,
+      key.name.format(layer=layer),
+      key.layout,
+      abstract.shape[1:],
+      index[1:],
+    )
+  return blocks
 
 
-def _once(read):
-  """Reads each part once, however many devices hold a copy of it."""
-  parts = {}
+def _once(read: Callable[[Index], np.ndarray]) -> Callable[[Any], np.ndarray]:
+  """Reads each block once, however many devices hold a copy of it."""
+  blocks: dict[tuple, np.ndarray] = {}
 
-  def cached(index):
+  def cached(index: Index) -> np.ndarray:
+    # A slice is not hashable.
     name = tuple((s.start, s.stop) for s in index)
-    if name not in parts:
-      parts[name] = read(index)
-    return parts[name]
+    if name not in blocks:
+      blocks[name] = read(index)
+    return blocks[name]
 
   return cached
 
@@ -211,7 +256,14 @@ def _is_stacked(leaf: str) -> bool:
   return leaf.startswith("layers.")
 
 
-def _check_shape(path, tensors, key: Key, leaf: str, abstract) -> None:
+def _check_shape(
+  path: pathlib.Path,
+  tensors: Tensors,
+  key: Key,
+  leaf: str,
+  abstract: jax.ShapeDtypeStruct,
+) -> None:
+  """Raises ValueError where a tensor is not of the size the config asks for."""
   shape = abstract.shape[1:] if _is_stacked(leaf) else abstract.shape
   want = joined_shape(key.layout, shape)
   for layer in range(abstract.shape[0] if _is_stacked(leaf) else 1):
@@ -223,8 +275,18 @@ def _check_shape(path, tensors, key: Key, leaf: str, abstract) -> None:
       )
 
 
-def _check_names(path, tensors, keys, config, head, held) -> None:
-  """Nothing may be missing, and nothing that changes the output ignored."""
+def _check_names(
+  path: pathlib.Path,
+  tensors: Tensors,
+  keys: Mapping[str, Key],
+  config: ModelConfig,
+  head: str,
+  held: str,
+) -> None:
+  """Raises ValueError if a tensor is missing, or one would be ignored.
+
+  An ignored tensor (a bias, an extra norm) would change the outputs.
+  """
   wanted = traverse_util.flatten_dict(
     abstract_params(config, head=head), sep="."
   )

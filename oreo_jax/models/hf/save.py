@@ -1,15 +1,16 @@
 """Checkpoints that `transformers`, and servers that read its format, open.
 
-A directory is written under a temporary name and renamed when it is whole.
-With several processes all of them call the functions here, as parameters are
-gathered one by one, and process 0 writes.
+A directory appears under its name when all of it is written. With several
+processes all of them call the functions here, because gathering a parameter
+takes every process, and process 0 writes.
 """
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -80,8 +81,8 @@ def save_hf(
       architecture.
   """
   path = pathlib.Path(path)
-  # Before anything is gathered: the first gather is the barrier behind which
-  # process 0 may put the directory there.
+  # Every process looks before the first parameter is gathered. That gather
+  # needs all of them, so process 0 makes the directory only after they looked.
   check_free(path, overwrite)
   held = "value" if "value_head" in params else "lm"
   head = head or held
@@ -151,8 +152,10 @@ def save_adapter(
     for layer in range(a.shape[0]):
       name = "base_model.model." + key.name.format(layer=layer)
       name = name.removesuffix(".weight")
-      wide, rank = a[layer], a.shape[-1]
-      tensors[f"{name}.lora_A.weight"] = _contiguous(wide.reshape(-1, rank).T)
+      rank = a.shape[-1]
+      tensors[f"{name}.lora_A.weight"] = _contiguous(
+        a[layer].reshape(-1, rank).T
+      )
       tensors[f"{name}.lora_B.weight"] = _contiguous(
         b[layer].reshape(rank, -1).T
       )
@@ -205,8 +208,15 @@ def write_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
   path.chmod(mode)  # safetensors makes it readable to its owner alone
 
 
-def _fit(params, config, head, family):
-  """Returns (params, config, family), folded where it must be."""
+def _fit(
+  params: Params, config: ModelConfig, head: str, family: str | None
+) -> tuple[Params, ModelConfig, str]:
+  """Chooses the family to write.
+
+  Returns:
+    (params, config, family); the multipliers are folded into the weights where
+    no family at choice has them.
+  """
   if family is not None and family not in FAMILIES:
     raise ValueError(
       f"family: expected one of {tuple(FAMILIES)}, got {family!r}"
@@ -234,7 +244,9 @@ def _fit(params, config, head, family):
   )
 
 
-def _token_ids(tokenizer, pad_token_id):
+def _token_ids(
+  tokenizer: Any, pad_token_id: int | None
+) -> dict[str, int | None]:
   names = ("bos_token_id", "eos_token_id", "pad_token_id")
   ids = {name: getattr(tokenizer, name, None) for name in names}
   if pad_token_id is not None:
@@ -242,25 +254,32 @@ def _token_ids(tokenizer, pad_token_id):
   return ids
 
 
-def _save_tensors(partial, params, keys, dtype, max_shard_bytes) -> None:
+def _save_tensors(
+  partial: pathlib.Path | None,
+  params: Params,
+  keys: Mapping[str, Key],
+  dtype: str | None,
+  max_shard_bytes: int,
+) -> None:
   """Gathers parameter by parameter and writes files of at most that size."""
   flat = traverse_util.flatten_dict(params, sep=".")
   numbers = _plan(flat, keys, dtype, max_shard_bytes)
   count = max(numbers.values())
-  done, pending = 1, {}
+  current = 1
+  pending: dict[str, np.ndarray] = {}
 
-  def write(number, tensors):
+  def write(number: int, tensors: dict[str, np.ndarray]) -> None:
     if partial is not None:
       write_tensors(partial / _file(number, count), tensors)
 
   for leaf, array in flat.items():
     host = to_host(array)
-    for name, part in _tensors(leaf, host, keys[leaf]):
-      if numbers[name] != done:
-        write(done, pending)
-        done, pending = numbers[name], {}
-      pending[name] = part.astype(jnp.dtype(dtype)) if dtype else part
-  write(done, pending)
+    for name, tensor in _tensors(leaf, host, keys[leaf]):
+      if numbers[name] != current:
+        write(current, pending)
+        current, pending = numbers[name], {}
+      pending[name] = tensor.astype(jnp.dtype(dtype)) if dtype else tensor
+  write(current, pending)
   if partial is not None and count > 1:
     total = sum(_bytes(array, dtype) for array in flat.values())
     files.write_json(
@@ -272,7 +291,12 @@ def _save_tensors(partial, params, keys, dtype, max_shard_bytes) -> None:
     )
 
 
-def _plan(flat, keys, dtype, max_shard_bytes) -> dict[str, int]:
+def _plan(
+  flat: Mapping[str, jax.Array],
+  keys: Mapping[str, Key],
+  dtype: str | None,
+  max_shard_bytes: int,
+) -> dict[str, int]:
   """Returns the number of the file that each tensor goes into, from 1."""
   numbers, number, filled = {}, 1, 0
   for leaf, array in flat.items():
@@ -286,13 +310,15 @@ def _plan(flat, keys, dtype, max_shard_bytes) -> dict[str, int]:
   return numbers
 
 
-def _tensors(leaf: str, host: np.ndarray, key: Key):
+def _tensors(
+  leaf: str, host: np.ndarray, key: Key
+) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, tensor) of a parameter, in the checkpoint's layout."""
   if not leaf.startswith("layers."):
     yield key.name, _laid_out(host, key)
     return
-  for layer, part in enumerate(host):
-    yield key.name.format(layer=layer), _laid_out(part, key)
+  for layer, weights in enumerate(host):
+    yield key.name.format(layer=layer), _laid_out(weights, key)
 
 
 def _laid_out(array: np.ndarray, key: Key) -> np.ndarray:
@@ -306,7 +332,7 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(array)
 
 
-def _bytes(array, dtype) -> int:
+def _bytes(array: jax.Array, dtype: str | None) -> int:
   return array.size * jnp.dtype(dtype or array.dtype).itemsize
 
 
