@@ -9,6 +9,7 @@ from oreo_jax.config import (
   Config,
   ConfigError,
   DataConfig,
+  MethodConfig,
   SftConfig,
   TrainConfig,
 )
@@ -144,15 +145,48 @@ def test_an_objective_reads_its_own_section():
   assert set(sizes.values()) == {5}
 
 
-def test_methods_have_a_row_each_and_the_defaults_of_the_config():
-  settings = CompareConfig()
-  for name, method in METHODS.items():
-    assert method.name == name
-    assert method.colour in COLOURS
-    assert method.settings == getattr(settings, name)
-    assert method.settings.objective in OBJECTIVES
-  assert set(settings.methods) == set(METHODS)
+def test_methods_are_rows_of_their_objective():
+  for objective in OBJECTIVES.values():
+    for method in objective.methods:
+      assert method.objective == objective.name
+      assert METHODS[method.name] is method
+      assert method.colour in COLOURS
+      # Nothing to compare without a policy of its own.
+      assert objective.trains_policy
+      # `oreo run` takes a rate that `oreo compare` would try.
+      assert method.lr_scale in method.lr_scales
+      # A section in which a user can change it.
+      assert getattr(CompareConfig(), method.name) == MethodConfig()
   assert len({method.label for method in METHODS.values()}) == len(METHODS)
+
+
+def test_a_section_of_the_comparison_changes_its_row_and_no_other():
+  config = Config()
+  assert METHODS["dpo"].given(config) == METHODS["dpo"]
+  config.compare.dpo = MethodConfig(
+    beta=0.2, alpha=0.0, epochs=2.0, lr_scale=0.5, lr_scales=(0.5,)
+  )
+  row = METHODS["dpo"].given(config)
+  settings = (row.beta, row.alpha, row.epochs, row.lr_scale, row.lr_scales)
+  assert settings == (0.2, 0.0, 2.0, 0.5, (0.5,))
+  assert METHODS["kto"].given(config) == METHODS["kto"]
+  # An alpha of zero is one that was given, not one left open.
+  config.compare.oreo_step = MethodConfig(alpha=0.0)
+  assert METHODS["oreo_step"].given(config).alpha == 0.0
+  assert METHODS["oreo_step"].alpha == 0.1
+
+
+def test_a_method_configures_the_stage_that_trains_it():
+  config = Config(train=TrainConfig(beta=0.03, alpha=0.01, lr=1e-3, epochs=3.0))
+  row = METHODS["oreo_step"].given(config)
+  stage = row.configure(config, lr=2e-3, updates=7).train
+  assert (stage.objective, stage.granularity) == ("oreo", "step")
+  assert (stage.alpha, stage.lr, stage.updates) == (0.1, 2e-3, 7)
+  # Passes that are asked for take the place of a number of updates.
+  config.compare.dpo = MethodConfig(epochs=2.0)
+  stage = METHODS["dpo"].given(config).configure(config, lr=1e-4, updates=7)
+  assert (stage.train.epochs, stage.train.updates) == (2.0, 0)
+  assert stage.train.beta == 0.1
 
 
 def test_an_unknown_objective_is_refused_with_those_there_are():
