@@ -21,6 +21,7 @@ from oreo_jax.data.schema import TOOLS, Trajectory, Turn
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
+# Stands for the index of an assistant turn where there is none.
 CONTEXT = -1
 # The key of a message that holds calls of tools.
 CALLS = "tool_calls"
@@ -91,7 +92,8 @@ def chat_pieces(
   _check_honoured(chat, text)
   between, contents = _locate(chat, actions, text)
 
-  # The token after the last action tells which token ends a turn.
+  # `between` is the template's own text around the contents: what it writes
+  # after the last one starts with the token that ends a turn, if there is one.
   end = _leading_special(between[-1].lstrip(), tokenizer)
   pieces = []
   before = between[0]
@@ -100,6 +102,8 @@ def chat_pieces(
     zip(actions, contents, between[1:], strict=True)
   ):
     start = at + len(before)
+    # The policy continues the generation prompt: blanks between that and the
+    # content are for the policy to write.
     if action:
       prompt = chat.render(chat.turns[:action], ask=True)
       if at <= len(prompt) < start and text.startswith(prompt):
@@ -107,6 +111,7 @@ def chat_pieces(
           start = len(prompt)
     pieces.append(Piece(text[at:start], CONTEXT))
     at += len(before) + len(content)
+    # The policy also writes the end token and blanks in front of it.
     final = index == len(actions) - 1
     blank = len(after) - len(after.lstrip())
     ends = bool(end) and after.startswith(end, blank)
@@ -340,6 +345,6 @@ def _leading_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _rewritten(place: str) -> TemplateError:
   return TemplateError(
     place,
-    "the chat template rewrites the assistant turns (it drops or changes a"
-    " part of them), so that there is no exact action mask",
+    "the chat template rewrites the assistant turns (it drops or changes some"
+    " of their text), so that there is no exact action mask",
   )

@@ -70,20 +70,21 @@ def select_balanced(
 
   Source: arXiv 2412.16145, appendix A.
   """
-  kept = []
+  selected: list[Trajectory] = []
   for problem, group in by_problem(trajectories).items():
     group = group[:responses]
     correct = [i for i, t in enumerate(group) if t.reward > threshold]
     wrong = [i for i, t in enumerate(group) if not t.reward > threshold]
     num_wrong = min(len(wrong), max_wrong)
+    # A problem that was always solved still gives one answer to imitate.
     num_correct = min(len(correct), max_correct, max(num_wrong, 1))
     rng = _rng(seed, problem)
     chosen = [
       *rng.permutation(correct)[:num_correct],
       *rng.permutation(wrong)[:num_wrong],
     ]
-    kept.extend(group[int(index)] for index in sorted(chosen))
-  return kept
+    selected.extend(group[int(index)] for index in sorted(chosen))
+  return selected
 
 
 def preference_pairs(
@@ -123,6 +124,7 @@ def preference_pairs(
     wrong = [t for t in alone if not t.reward > threshold]
     combinations = len(correct) * len(wrong)
     if combinations:
+      # Combination i is correct answer i // W with wrong answer i % W.
       drawn = _rng(seed, problem).permutation(combinations)[:max_pairs]
       pairs.extend(
         Pair(correct[i // len(wrong)], wrong[i % len(wrong)])
@@ -185,6 +187,7 @@ def rotate_completions(
 
 def _mismatch(sequence: Tokenized, other: Tokenized) -> Tokenized:
   """Joins the prompt of one sequence and the completion of another."""
+  # The prompt is all that comes before the first action.
   end = int(sequence.action_mask.argmax())
   start = int(other.action_mask.argmax())
 

@@ -148,7 +148,7 @@ def _check_sampled(
       raise SampledTokensError(
         trajectory.place,
         f"the recorded tokens of turn {turn + 1} spell"
-        f" {_shorten(tokenizer.decode(sampled.tokens))}, but its text is"
+        f" {_shorten(str(tokenizer.decode(sampled.tokens)))}, but its text is"
         f" {_shorten(trajectory.turns[turn].content)}",
       )
     ended.append(has_end)
@@ -211,7 +211,7 @@ def tokenize_prompt(
     return _encode([text], tokenizer)[0].ids
   pieces = [Piece(prompt, CONTEXT)]
   _, encoded = _add_bos(pieces, _encode([prompt], tokenizer), tokenizer)
-  return np.concatenate([part.ids for part in encoded])
+  return np.concatenate([tokenized.ids for tokenized in encoded])
 
 
 def _add_bos(
@@ -279,7 +279,9 @@ def _encode(
     offsets = np.asarray(offsets, np.int64).reshape(-1, 2)
     starts = offsets[:, 0].copy()
     ends = np.concatenate([[0], offsets[:-1, 1]])
-    # Some tokenizers leave a token's own leading space out of its offsets.
+    # Some tokenizers leave a token's own leading space out of its offsets: the
+    # token then seems to start later than the one before it ends. A token that
+    # carries a mark for a space starts where the other one ends.
     for index in np.flatnonzero(starts > ends):
       if tokenizer.convert_ids_to_tokens(ids[index])[:1] in ("Ġ", "▁", " "):
         starts[index] = ends[index]
@@ -288,7 +290,12 @@ def _encode(
 
 
 def _split(encoded: Encoded, pieces: Sequence[Piece]) -> list[Encoded] | None:
-  """Shares the tokens of a text among its pieces, or None if one straddles."""
+  """Shares the tokens of a text among its pieces, or None if one straddles.
+
+  A piece gets the tokens that start within it. That is exact if some token
+  starts at every edge between two pieces; otherwise a token holds characters of
+  both, and would be an action and context at once.
+  """
   edges = np.cumsum([0] + [len(piece.text) for piece in pieces])
   first = np.searchsorted(encoded.starts, edges)
   # A piece without text at the end starts where the text ends.

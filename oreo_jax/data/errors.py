@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from absl import logging
 
-T = TypeVar("T")
+Row = TypeVar("Row")
+Parsed = TypeVar("Parsed")
 
 
 class TrajectoryError(ValueError):
@@ -123,12 +124,12 @@ def check_choice(value: str, argument: str) -> None:
 
 
 def keep_good(
-  rows: Iterable[T],
-  parse: Callable[[T], list],
+  rows: Iterable[Row],
+  parse: Callable[[Row], Sequence[Parsed]],
   *,
   on_error: str = "raise",
   skipped: collections.Counter[str] | None = None,
-) -> list:
+) -> list[Parsed]:
   """Parses rows; raises at the first bad one, or drops and counts them.
 
   Args:
@@ -142,8 +143,8 @@ def keep_good(
     All objects, in order.
   """
   check_choice(on_error, "on_error")
-  counts = collections.Counter() if skipped is None else skipped
-  objects: list = []
+  counts = collections.Counter[str]() if skipped is None else skipped
+  objects: list[Parsed] = []
   for row in rows:
     try:
       objects.extend(parse(row))

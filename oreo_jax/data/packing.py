@@ -71,9 +71,7 @@ def plan_rows(
   """Assigns every sequence of `order` to one row.
 
   Best fit, longest first within windows of `window` sequences; rows with room
-  left stay open for the next windows. The set of room left that occurs among
-  open rows is kept as the bits of one integer, so that the tightest row is
-  found by a shift and a lowest-bit test.
+  left stay open for the next windows.
 
   Args:
     slots: i[N], slots each sequence takes, in [1, row_length].
@@ -88,7 +86,10 @@ def plan_rows(
   limit = len(order) if max_members is None else max_members
   lengths = np.asarray(slots)[order]
   rows = np.empty(len(order), np.int64)  # row of the i-th arrival
-  counts: list[int] = []
+  counts: list[int] = []  # sequences in each row
+  # Open rows by the room they have left. Bit r of `rooms` says that some open
+  # row has room r: the tightest row that takes a sequence then needs no search
+  # over rows, only the lowest bit that is set from the sequence's size on.
   open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]
   rooms = 0
   for start in range(0, len(order), window):
@@ -97,8 +98,9 @@ def plan_rows(
     for arrival, size in zip(
       arrivals.tolist(), sizes[arrivals].tolist(), strict=True
     ):
-      fitting = rooms >> size
+      fitting = rooms >> size  # bit k: there is a row with room size + k
       if fitting:
+        # x & -x leaves the lowest bit of x that is set.
         room = size + (fitting & -fitting).bit_length() - 1
         row = open_rows[room].pop()
         if not open_rows[room]:
@@ -109,11 +111,14 @@ def plan_rows(
         row = len(counts)
         counts.append(1)
       rows[start + arrival] = row
+      # A row that is full, or holds as many sequences as it may, is not opened
+      # again.
       left = room - size
       if left and counts[row] < limit:
         if not open_rows[left]:
           rooms |= 1 << left
         open_rows[left].append(row)
+  # A stable sort by row keeps the order of arrival within each row.
   members = np.asarray(order, np.int64)[np.argsort(rows, kind="stable")]
   return RowPlan(members, np.concatenate([[0], np.cumsum(counts, dtype=int)]))
 

@@ -12,7 +12,7 @@
                {"prompt", "chosen", "rejected"}    two rows, rewards 1 and 0
                {"chosen", "rejected"}              the prompt is what they share
 
-In TRL's types each part is a text or a list of messages.
+In TRL's types, prompt and answers are each a text or a list of messages.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
     fields |= {"is_chat": True, "given": given}
   else:
     demonstrated = row.get("response") is None and "completion" in row
-    answer = _part(row, "completion" if demonstrated else "response", place)
-    turns, chat = _join(_part(row, "prompt", place), answer, place)
+    answer = _text_or_turns(
+      row, "completion" if demonstrated else "response", place
+    )
+    turns, chat = _join(_text_or_turns(row, "prompt", place), answer, place)
     fields |= chat
   is_chat = fields.get("is_chat", False)
   fields["template_args"] = read_template_args(row, is_chat, place)
@@ -76,18 +78,20 @@ def parse_row(row: Any, place: str) -> list[Trajectory]:
 def parse_pair(row: Any, place: str) -> Pair:
   """Returns the chosen and the rejected trajectory of a preference row."""
   check_object(row, place)
-  chosen, rejected = (_part(row, k, place) for k in ("chosen", "rejected"))
+  chosen, rejected = (
+    _text_or_turns(row, k, place) for k in ("chosen", "rejected")
+  )
   if row.get("prompt") is not None:
-    prompt = _part(row, "prompt", place)
+    prompt = _text_or_turns(row, "prompt", place)
   else:
     prompt, chosen, rejected = _shared_prompt(chosen, rejected, place)
   fields = _common_fields(row, place)
   pair = []
-  for name, part, reward in (
+  for name, answer, reward in (
     ("chosen", chosen, 1.0),
     ("rejected", rejected, 0.0),
   ):
-    turns, chat = _join(prompt, part, place)
+    turns, chat = _join(prompt, answer, place)
     named = fields | chat | {"id": f"{fields['id']}/{name}"}
     is_chat = named.get("is_chat", False)
     named["template_args"] = read_template_args(row, is_chat, place)
@@ -215,7 +219,7 @@ def _number(value: Any, key: str, place: str) -> float:
   raise BadRewardError(place, f'"{key}" is {shown}, not a finite number')
 
 
-def _part(
+def _text_or_turns(
   row: Mapping[str, Any], key: str, place: str
 ) -> str | tuple[Turn, ...]:
   """Returns a text, or the turns of a list of messages."""

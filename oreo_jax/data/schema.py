@@ -136,7 +136,7 @@ class Trajectory:
   def place(self) -> str:
     """Where an error message should point."""
     name = f"(id {self.id})" if self.id else ""
-    return " ".join(part for part in (self.source, name) if part)
+    return " ".join(word for word in (self.source, name) if word)
 
 
 class Pair(NamedTuple):
@@ -157,10 +157,11 @@ def problem_key(problem: str) -> str:
   return " ".join(problem.split())
 
 
-def stable_hash(*parts: object) -> int:
-  """Returns 64 bits that depend on the parts alone, on every machine."""
+def stable_hash(*values: object) -> int:
+  """Returns 64 bits that depend on the values alone, on every machine."""
   digest = hashlib.blake2b(digest_size=8)
-  for part in parts:
-    data = str(part).encode("utf-8", "surrogatepass")
+  for value in values:
+    # The length in front tells ("ab", "c") from ("a", "bc").
+    data = str(value).encode("utf-8", "surrogatepass")
     digest.update(len(data).to_bytes(8, "little") + data)
   return int.from_bytes(digest.digest(), "little")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from oreo_jax import files
 
 if TYPE_CHECKING:
+  from tokenizers import Tokenizer
+  from tokenizers.models import Model
   from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -132,7 +134,7 @@ def byte_characters() -> list[str]:
   return characters
 
 
-def _byte_level(model, *, split_words: bool):
+def _byte_level(model: Model, *, split_words: bool) -> Tokenizer:
   """Returns a byte-level tokenizer around a model."""
   import tokenizers
 
@@ -144,7 +146,7 @@ def _byte_level(model, *, split_words: bool):
   return tokenizer
 
 
-def _wrap(tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
   """Adds the special tokens and the interface of `transformers`."""
   import transformers
 

@@ -60,15 +60,16 @@ def map_tokens(
     The new sequence, named as the first of them.
   """
   first = sequences[0]
-  arrays = {
-    name: function(*(getattr(sequence, name) for sequence in sequences))
-    for name in ("tokens", "action_mask", "decision_mask", "rewards")
-  }
-  extras = {
-    name: function(*(sequence.extras[name] for sequence in sequences))
-    for name in first.extras
-  }
-  return first._replace(**arrays, extras=extras)
+  return first._replace(
+    tokens=function(*(s.tokens for s in sequences)),
+    action_mask=function(*(s.action_mask for s in sequences)),
+    decision_mask=function(*(s.decision_mask for s in sequences)),
+    rewards=function(*(s.rewards for s in sequences)),
+    extras={
+      name: function(*(s.extras[name] for s in sequences))
+      for name in first.extras
+    },
+  )
 
 
 def tokenize_trajectory(

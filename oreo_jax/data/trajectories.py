@@ -14,7 +14,7 @@ from typing import Any
 from oreo_jax import files
 from oreo_jax.data import output_rows
 from oreo_jax.data import rows as rows_lib
-from oreo_jax.data.errors import TrajectoryError, keep_good
+from oreo_jax.data.errors import Parsed, TrajectoryError, keep_good
 from oreo_jax.data.records import read_records
 from oreo_jax.data.schema import (
   Pair,
@@ -130,11 +130,13 @@ def split_by_problem(
 
 
 def _load(
-  source: Source, parse: Callable[[Any, str], Sequence], on_error: str
-) -> list:
+  source: Source,
+  parse: Callable[[Any, str], Sequence[Parsed]],
+  on_error: str,
+) -> list[Parsed]:
   """Reads and parses rows, and complains if none is left."""
 
-  def parse_placed(placed):
+  def parse_placed(placed: tuple[str, Any]) -> Sequence[Parsed]:
     place, row = placed
     if isinstance(row, TrajectoryError):
       raise row
