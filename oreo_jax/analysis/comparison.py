@@ -97,6 +97,7 @@ def summarise(
   runs: Sequence[Mapping[str, Any]],
   sft: Sequence[Mapping[str, Any]],
   lr: float | None,
+  **description: str,
 ) -> dict[str, Any]:
   """Returns a row of the table of methods.
 
@@ -105,6 +106,8 @@ def summarise(
     runs: its measurements, one a seed: accuracy, rewards, seconds.
     sft: those of the SFT policies of the same seeds.
     lr: the learning rate chosen; None for SFT.
+    **description: what else the report shows of the method: label, colour,
+      objective, granularity.
 
   Returns:
     Mean and spread over seeds and, but for SFT, the difference to SFT with its
@@ -122,6 +125,7 @@ def summarise(
     }
   return {
     "method": name,
+    **description,
     "lr": lr,
     "accuracies": [run["accuracy"] for run in runs],
     "mean": over_seeds.mean,

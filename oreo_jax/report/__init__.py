@@ -2,8 +2,7 @@
 
 Reads what the stages left in the work directory: `results.json` of the
 evaluation, `<stage>/metrics.jsonl` of every training stage, and the resolved
-configuration. A part that a run does not have is left out, and the report says
-so.
+configuration. What a run does not have is left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -12,19 +11,14 @@ import os
 from pathlib import Path
 
 from oreo_jax import files
+from oreo_jax.analysis.results import read_config, read_results, read_stages
 from oreo_jax.report.comparison import (
   format_comparison,
   format_rounds,
   write_comparison,
 )
 from oreo_jax.report.page import render
-from oreo_jax.report.results import (
-  format_table,
-  headline,
-  read_config,
-  read_results,
-  read_stages,
-)
+from oreo_jax.report.tables import format_table, headline
 
 __all__ = [
   "format_comparison",

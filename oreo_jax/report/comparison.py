@@ -1,32 +1,23 @@
-"""What `oreo compare` and `oreo iterate` found, as text and as a page."""
+"""The results of `oreo compare` and `oreo iterate`, as text and as a page."""
 
 from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from oreo_jax import files
+from oreo_jax.analysis.results import Comparison, Round
 from oreo_jax.report import comparison_plots as plots
-from oreo_jax.report.results import aligned, percent
+from oreo_jax.report.style import colour_of
+from oreo_jax.report.tables import aligned, percent
 
 PAGE_NAME = "report.html"
 
-NAMES = {
-  "sft": "SFT",
-  "rejection": "Rejection sampling",
-  "dpo": "DPO",
-  "kto": "KTO",
-  "dqo": "DQO",
-  "oreo_token": "OREO, token",
-  "oreo_step": "OREO, step",
-  "oreo_response": "OREO, response",
-}
 _HEADER = (
   "method", "lr", "solved", "sd", "seeds", "- SFT", "95% interval", "p",
   "s/run",
@@ -34,7 +25,12 @@ _HEADER = (
 _LEVEL = 0.05  # p-values below it get a star
 
 
-def method_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def method_labels(results: Comparison) -> dict[str, str]:
+  """The names of the methods, as the results say; the keys in old ones."""
+  return {m["method"]: m.get("label", m["method"]) for m in results["methods"]}
+
+
+def method_rows(results: Comparison) -> list[tuple[str, ...]]:
   """The main table as text, a tuple of cells a method."""
   rows: list[tuple[str, ...]] = []
   for method in results["methods"]:
@@ -46,7 +42,7 @@ def method_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
       p_value = _p(against.get("p_value", max(against["p_values"])))
     rows.append(
       (
-        NAMES[method["method"]],
+        method.get("label", method["method"]),
         "" if method["lr"] is None else f"{method['lr']:.3g}",
         percent(method["mean"]),
         "" if method["std"] is None else f"{100 * method['std']:.1f}",
@@ -60,9 +56,10 @@ def method_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
   return rows
 
 
-def searched_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def searched_rows(results: Comparison) -> list[tuple[str, str, str]]:
   """(method, what was tried, remark) of the searches for a learning rate."""
   rows = []
+  labels = method_labels(results)
   for name, chosen in results["chosen"].items():
     # A grid of one rate was not searched: there was nothing to choose.
     tried = results["searched"].get(name, ())
@@ -81,11 +78,11 @@ def searched_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
       remark = "best at the edge of a grid of two"
     else:
       remark = "best at the edge of the grid"
-    rows.append((NAMES[name], "  ".join(cells), remark))
+    rows.append((labels[name], "  ".join(cells), remark))
   return rows
 
 
-def contrast_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def contrast_rows(results: Comparison) -> list[tuple[str, ...]]:
   """Every method against every one above it, in points.
 
   Returns:
@@ -101,15 +98,16 @@ def contrast_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     + "*" * ((pair["p_value"] < _LEVEL) + (pair["p_holm"] < _LEVEL))
     for pair in results["contrasts"]
   }
+  labels = method_labels(results)
   numbers = range(1, len(methods))
   rows = [("method less the one of column", *map(str, numbers))]
   for number, method in enumerate(methods, start=1):
     ahead = [cells.get((method, other), "") for other in methods[:-1]]
-    rows.append((f"{number} {NAMES[method]}", *ahead))
+    rows.append((f"{number} {labels[method]}", *ahead))
   return rows
 
 
-def notes(results: Mapping[str, Any]) -> list[str]:
+def notes(results: Comparison) -> list[str]:
   """Returns what the reader of the main table must know, as sentences."""
   seeds, minutes = len(results["seeds"]), results["seconds"] / 60
   spread = (
@@ -148,7 +146,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
   return sentences
 
 
-def contrast_note(results: Mapping[str, Any]) -> str:
+def contrast_note(results: Comparison) -> str:
   """Returns what the stars of the matrix mean."""
   pairs = len(results["contrasts"])
   return (
@@ -158,7 +156,7 @@ def contrast_note(results: Mapping[str, Any]) -> str:
   )
 
 
-def format_comparison(results: Mapping[str, Any]) -> str:
+def format_comparison(results: Comparison) -> str:
   """The tables for the terminal, no trailing line break."""
   blocks = [aligned([_HEADER, *method_rows(results)]), _wrapped(notes(results))]
   matrix = contrast_rows(results)
@@ -170,14 +168,15 @@ def format_comparison(results: Mapping[str, Any]) -> str:
       f"problems, seed {results['seeds'][0]} (* chosen)\n"
       + aligned([("method", "lr: solved", ""), *searched_rows(results)])
     )
+  labels = method_labels(results)
   for name, runs in results["rounds"].items():
     for seed, rows in runs.items():
-      title = f"rounds of {NAMES[name]}, seed {seed}"
+      title = f"rounds of {labels[name]}, seed {seed}"
       blocks.append(f"{title}\n{format_rounds(rows)}")
   return "\n\n".join(blocks)
 
 
-def format_rounds(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_rounds(rows: Sequence[Round]) -> str:
   """The table of rounds for the terminal; round 0 is where they start."""
   cells = []
   for row in rows:
@@ -201,7 +200,7 @@ def format_rounds(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_comparison(
-  directory: str | os.PathLike[str], results: Mapping[str, Any]
+  directory: str | os.PathLike[str], results: Comparison
 ) -> Path:
   """Writes the page of a comparison.
 
@@ -227,7 +226,6 @@ def write_comparison(
     contrasts=contrast_rows(results),
     contrast_note=contrast_note(results) if contrast_rows(results) else "",
     searched=searched_rows(results),
-    names=NAMES,
     methods_plot=Markup(_methods_plot(results)),
     granularities_plot=Markup(_granularities_plot(results)),
     rounds_plot=Markup(_rounds_plot(results)),
@@ -237,26 +235,37 @@ def write_comparison(
   return path
 
 
-def _methods_plot(results: Mapping[str, Any]) -> str:
-  runs = {m["method"]: m["accuracies"] for m in results["methods"]}
-  return plots.methods({NAMES[name]: runs[name] for name in runs})
+def _methods_plot(results: Comparison) -> str:
+  labels = method_labels(results)
+  return plots.methods(
+    [
+      plots.Runs(labels[row["method"]], row["accuracies"], colour_of(row))
+      for row in results["methods"]
+    ]
+  )
 
 
-def _granularities_plot(results: Mapping[str, Any]) -> str:
-  """Empty with fewer than two granularities."""
-  runs = {m["method"]: m["accuracies"] for m in results["methods"]}
-  found = {
-    kind: runs[f"oreo_{kind}"]
-    for kind in ("token", "step", "response")
-    if f"oreo_{kind}" in runs
-  }
-  return plots.granularities(found, sft=runs["sft"]) if len(found) > 1 else ""
+def _granularities_plot(results: Comparison) -> str:
+  """Empty without an objective at two granularities or more."""
+  sft = results["methods"][0]
+  by_objective: dict[str, dict[str, Sequence[float]]] = {}
+  for row in results["methods"][1:]:
+    if "granularity" in row:
+      runs = by_objective.setdefault(row["objective"], {})
+      runs[row["granularity"]] = row["accuracies"]
+  for runs in by_objective.values():
+    if len(runs) > 1:
+      return plots.granularities(
+        runs, start=(method_labels(results)[sft["method"]], sft["accuracies"])
+      )
+  return ""
 
 
-def _rounds_plot(results: Mapping[str, Any]) -> str:
+def _rounds_plot(results: Comparison) -> str:
   """Empty without rounds."""
+  labels = method_labels(results)
   runs = {
-    NAMES[name]: [[row["accuracy"] for row in rows] for rows in seeds.values()]
+    labels[name]: [[row["accuracy"] for row in rows] for rows in seeds.values()]
     for name, seeds in results["rounds"].items()
   }
   return plots.rounds(runs) if runs else ""

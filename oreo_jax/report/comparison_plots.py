@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,19 +13,26 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from oreo_jax.report.style import COLOURS, STYLE, panel, to_svg
 
 _SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"))
-_OURS = "OREO"  # methods whose names begin so stand out
 
 
-def methods(runs: Mapping[str, Sequence[float]]) -> str:
+class Runs(NamedTuple):
+  """The runs of one method."""
+
+  label: str
+  accuracies: Sequence[float]  # one a seed
+  colour: str  # a key of COLOURS
+
+
+def methods(rows: Sequence[Runs]) -> str:
   """A row a method, best read top to bottom.
 
   Args:
-    runs: by method, the accuracy of every seed.
+    rows: the methods, in order.
   """
   with matplotlib.rc_context(STYLE):
-    figure, axes = panel(6.4, 0.65 + 0.31 * len(runs))
-    for row, (name, accuracies) in enumerate(runs.items()):
-      colour = COLOURS["blue" if name.startswith(_OURS) else "grey"]
+    figure, axes = panel(6.4, 0.65 + 0.31 * len(rows))
+    for row, (_, accuracies, colour_name) in enumerate(rows):
+      colour = COLOURS[colour_name]
       _seeds(axes, accuracies, [row] * len(accuracies), colour)
       mean = float(np.mean(accuracies))
       axes.plot(mean, row, "o", color=colour, ms=7.5)
@@ -37,14 +45,14 @@ def methods(runs: Mapping[str, Sequence[float]]) -> str:
         fontsize=9.5,
         fontweight="bold",
       )
-    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_yticks(range(len(rows)), [runs.label for runs in rows])
     axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
-    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     # Room for the figure beside the right-most mark.
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.12 * (high - low))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.xaxis.set_major_locator(_whole_percents(8))
+    axes.xaxis.set_major_locator(_even_percents(8))
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("problems solved; small marks: seeds, large: their mean")
@@ -52,25 +60,30 @@ def methods(runs: Mapping[str, Sequence[float]]) -> str:
 
 
 def granularities(
-  runs: Mapping[str, Sequence[float]], *, sft: Sequence[float]
+  runs: Mapping[str, Sequence[float]], *, start: tuple[str, Sequence[float]]
 ) -> str:
   """What one action is, against accuracy (the paper's figure 5).
 
   Args:
     runs: by granularity, the accuracy of every seed.
-    sft: accuracies of where they start.
+    start: name and accuracies of where they start.
   """
   with matplotlib.rc_context(STYLE):
     figure, axes = panel(4.2, 3.2)
     axes.axhline(
-      float(np.mean(sft)), color=COLOURS["grey"], ls=(0, (4, 3)), lw=1.4,
-      zorder=1, label="SFT",
+      float(np.mean(start[1])), color=COLOURS["grey"], ls=(0, (4, 3)), lw=1.4,
+      zorder=1, label=start[0],
     )  # fmt: skip
     for place, accuracies in enumerate(runs.values()):
       _seeds(axes, [place] * len(accuracies), accuracies, COLOURS["blue"])
     means = [float(np.mean(accuracies)) for accuracies in runs.values()]
     axes.plot(
-      range(len(runs)), means, "o", color=COLOURS["blue"], ms=7.5, label="OREO"
+      range(len(runs)),
+      means,
+      "o",
+      color=COLOURS["blue"],
+      ms=7.5,
+      label="mean over seeds",
     )
     for place, mean in enumerate(means):
       axes.annotate(
@@ -86,7 +99,7 @@ def granularities(
     axes.set_xlabel("one action is a ...")
     _accuracy_axis(axes)
     _legend_above(figure, axes)
-    return to_svg(figure, "Accuracy of OREO by granularity")
+    return to_svg(figure, "Accuracy by granularity")
 
 
 def rounds(runs: Mapping[str, Sequence[Sequence[float]]]) -> str:
@@ -112,7 +125,7 @@ def rounds(runs: Mapping[str, Sequence[Sequence[float]]]) -> str:
         label=name,
       )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("round (0: SFT)")
+    axes.set_xlabel("round (0: where they start)")
     _accuracy_axis(axes)
     _legend_above(figure, axes)
     return to_svg(figure, "Accuracy after every round")
@@ -127,12 +140,12 @@ def _seeds(
 
 def _accuracy_axis(axes: Axes) -> None:
   axes.set_ylabel("problems solved")
-  axes.yaxis.set_major_locator(_whole_percents(7))
+  axes.yaxis.set_major_locator(_even_percents(7))
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
   axes.grid(axis="x", visible=False)
 
 
-def _whole_percents(most: int) -> MaxNLocator:
+def _even_percents(most: int) -> MaxNLocator:
   """Ticks that the labels do not have to round."""
   return MaxNLocator(most, steps=[1, 2, 5, 10])
 

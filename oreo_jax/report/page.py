@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from oreo_jax.analysis.results import Evaluation, Example, Method, Values
 from oreo_jax.report import plots
-from oreo_jax.report.results import (
-  POLICY_NAMES,
+from oreo_jax.report.style import colour_of
+from oreo_jax.report.tables import (
+  figure,
   greedy_methods,
   headline,
+  label_of,
+  largest_search,
+  own_policy,
   percent,
   score_rows,
   table_rows,
 )
 
-_POLICY_COLOURS = {"sft": "grey", "rejection": "orange", "oreo": "blue"}
 _SEARCH_NAMES = {
   "beam": "Step beam, by value",
   "best_of_n": "Best of N, by value",
@@ -51,7 +55,7 @@ class Curves(NamedTuple):
 
 
 def render(
-  results: Mapping[str, Any],
+  results: Evaluation,
   *,
   stages: Mapping[str, Sequence[Mapping[str, float]]],
   config: str | None,
@@ -74,7 +78,7 @@ def render(
     lstrip_blocks=True,
   )
   environment.filters |= {
-    "figure": _figure,
+    "figure": figure,
     "signed": _signed,
     "duration": _duration,
   }
@@ -84,7 +88,7 @@ def render(
   timings = results.get("timings") or {}
   budget_plots = _budget_plots(results)
   curves = _curves(stages)
-  parts = {
+  sections = {
     "accuracy": results["methods"],
     "search at several budgets": budget_plots,
     "training curves": curves,
@@ -110,35 +114,34 @@ def render(
     example_plot=_example_plot(example) if example else "",
     timings=timings,
     config=config,
-    absent=[name for name, part in parts.items() if not part],
+    absent=[name for name, shown in sections.items() if not shown],
   )
 
 
-def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(results: Evaluation) -> list[tuple[str, str, str]]:
   """(figure, what it is, remark) of the few numbers to see first."""
   greedy = greedy_methods(results)
   tiles = []
-  if "oreo" in greedy:
-    remarks = []
-    oreo = greedy["oreo"]["accuracy"]
-    if "sft" in greedy and greedy["sft"]["accuracy"]:
-      remarks.append(f"{oreo / greedy['sft']['accuracy']:.2f} × SFT")
-    if "rejection" in greedy:
-      gain = 100 * (oreo - greedy["rejection"]["accuracy"])
-      remarks.append(f"{gain:+.1f} points on rejection sampling")
-    tiles.append((percent(oreo), "OREO, greedy", ", ".join(remarks)))
-  beams = [m for m in results["methods"] if m["search"] == "beam"]
-  if beams:
-    best = max(beams, key=lambda method: method["accuracy"])
-    remark = f"{best['tokens_per_problem']:,.0f} tokens a problem"
-    tiles.append((percent(best["accuracy"]), best["name"], remark))
+  if greedy:
+    own = greedy[own_policy(results)]
+    remarks = [
+      f"{100 * (own['accuracy'] - other['accuracy']):+.1f} on {label_of(other)}"
+      for other in greedy.values()
+      if other is not own
+    ]
+    remark = f"{', '.join(remarks)} (points)" if remarks else ""
+    tiles.append((percent(own["accuracy"]), f"{label_of(own)}, greedy", remark))
+    search = largest_search(results)
+    if search is not None:
+      remark = f"{search['tokens_per_problem']:,.0f} tokens a problem"
+      tiles.append((percent(search["accuracy"]), search["name"], remark))
   values = results.get("values")
   if values:
     tiles.append(
       (
-        _figure(values["within_problem_auc"][-1]),
+        figure(values["within_problem_auc"][-1]),
         "within-problem AUC",
-        " to ".join(map(_figure, values["within_problem_auc_interval"][-1]))
+        " to ".join(map(figure, values["within_problem_auc_interval"][-1]))
         + ", value of finished answers",
       )
     )
@@ -149,7 +152,7 @@ def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
   return tiles
 
 
-def _accuracy_plot(results: Mapping[str, Any]) -> Markup:
+def _accuracy_plot(results: Evaluation) -> Markup:
   """Policies without search, and every search at its largest budget."""
   largest: dict[tuple[str, str], int] = {}
   for method in results["methods"]:
@@ -159,8 +162,8 @@ def _accuracy_plot(results: Mapping[str, Any]) -> Markup:
     plots.Bar(
       method["name"],
       method["accuracy"],
-      tuple(method["interval"]),
-      _POLICY_COLOURS.get(method["policy"], "purple"),
+      method["interval"],
+      colour_of(method),
     )
     for method in results["methods"]
     if method["budget"] == largest[method["policy"], method["search"]]
@@ -168,9 +171,9 @@ def _accuracy_plot(results: Mapping[str, Any]) -> Markup:
   return Markup(plots.accuracies(bars))
 
 
-def _budget_plots(results: Mapping[str, Any]) -> list[Markup]:
+def _budget_plots(results: Evaluation) -> list[Markup]:
   """Accuracy against sequences and against tokens; none without budgets."""
-  lines: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+  lines: dict[tuple[str, str], list[Method]] = {}
   for method in results["methods"]:
     if method["search"] in _SEARCH_NAMES:
       key = (method["search"], method["policy"])
@@ -178,24 +181,28 @@ def _budget_plots(results: Mapping[str, Any]) -> list[Markup]:
   if not any(len(methods) > 1 for methods in lines.values()):
     return []
   policies = {policy for _, policy in lines}
-  greedy = greedy_methods(results).get("oreo")
-  reference = ("OREO, greedy", greedy["accuracy"]) if greedy else None
+  greedy = greedy_methods(results)
+  reference = None
+  if greedy:
+    own = greedy[own_policy(results)]
+    reference = (f"{label_of(own)}, greedy", own["accuracy"])
   drawn = []
-  for field, label in (
-    ("budget", "sequences a problem"),
-    ("tokens_per_problem", "tokens a problem"),
+  cost: Callable[[Method], float]
+  for cost, label in (
+    (lambda method: method["budget"], "sequences a problem"),
+    (lambda method: method["tokens_per_problem"], "tokens a problem"),
   ):
     series = {}
     for search in _SEARCH_NAMES:
       for policy in sorted(policies):
-        methods = lines.get((search, policy), ())
+        methods = lines.get((search, policy), [])
         name = _SEARCH_NAMES[search]
-        if len(policies) > 1:
-          name += f", {POLICY_NAMES.get(policy, policy)}"
+        if len(policies) > 1 and methods:
+          name += f", {label_of(methods[0])}"
         points = [
-          plots.Point(m[field], m["accuracy"], tuple(m["interval"]))
+          plots.Point(cost(m), m["accuracy"], m["interval"])
           for m in methods
-          if m[field] > 0
+          if cost(m) > 0
         ]
         if points:
           series[name] = points
@@ -207,7 +214,7 @@ def _budget_plots(results: Mapping[str, Any]) -> list[Markup]:
 def _curves(
   stages: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> list[Curves]:
-  found = []
+  curves = []
   for stage, rows in stages.items():
     columns: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -221,11 +228,11 @@ def _curves(
     }
     if drawn:
       main = [drawn.pop(name) for name in _MAIN_CURVES if name in drawn]
-      found.append(Curves(stage, main, list(drawn.values())))
-  return found
+      curves.append(Curves(stage, main, list(drawn.values())))
+  return curves
 
 
-def _value_plots(values: Mapping[str, Any]) -> dict[str, Any]:
+def _value_plots(values: Values) -> dict[str, Any]:
   """Plots by place in the template; null figures are nan to NumPy."""
   tenths = values["tenths"]
   histogram = values["histogram"]
@@ -259,15 +266,9 @@ def _value_plots(values: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _example_plot(example: Mapping[str, Any]) -> Markup:
+def _example_plot(example: Example) -> Markup:
   steps = [step["value"] for step in example["steps"]]
   return Markup(plots.values_by_step(steps, example["reward"]))
-
-
-def _figure(number: float | None) -> str:
-  """Three decimals; a dash for what could not be measured."""
-  missing = number is None or not math.isfinite(number)
-  return "\N{EN DASH}" if missing else f"{number:.3f}"
 
 
 def _signed(number: float) -> str:

@@ -25,7 +25,7 @@ class Point(NamedTuple):
 
   x: float  # where it stands on the horizontal axis
   accuracy: float
-  interval: tuple[float, float]
+  interval: Sequence[float]  # low, high
 
 
 class Bar(NamedTuple):
@@ -33,7 +33,7 @@ class Bar(NamedTuple):
 
   name: str
   accuracy: float
-  interval: tuple[float, float]
+  interval: Sequence[float]  # low, high
   colour: str  # a key of COLOURS
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -53,6 +55,16 @@ STYLE = {
   "lines.markersize": 5,
   "svg.fonttype": "none",
 }
+
+
+def colour_of(row: Mapping[str, Any]) -> str:
+  """Returns the key of the colour that a row of results asks for.
+
+  Rows say it under `colour`; those of older runs, or of a newer version with
+  more colours, are blue.
+  """
+  colour = row.get("colour", "")
+  return colour if colour in COLOURS else "blue"
 
 
 def panel(width: float, height: float) -> tuple[Figure, Axes]:

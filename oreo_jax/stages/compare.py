@@ -24,6 +24,8 @@ from absl import logging
 
 from oreo_jax import files, report
 from oreo_jax.analysis.comparison import contrasts, summarise
+from oreo_jax.analysis.results import Comparison as ComparisonResults
+from oreo_jax.analysis.results import checked
 from oreo_jax.config import Config, ConfigError
 from oreo_jax.progress import Progress
 from oreo_jax.stages.branch import Branch, Origin, measure
@@ -38,7 +40,7 @@ from oreo_jax.stages.sft import fine_tune
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.train import TRAIN, planned_updates, train_objective
 from oreo_jax.stages.workspace import Workspace
-from oreo_jax.train import METHODS, DivergedError, get_method
+from oreo_jax.train import METHODS, OBJECTIVES, DivergedError, get_method
 
 # Weights of the progress bar: about ten seconds each for the maze. A training
 # that is not listed counts as `_TRAINING`.
@@ -171,7 +173,7 @@ class Comparison:
       self._progress.update(cost)
 
 
-def compare(workspace: Workspace) -> dict[str, Any]:
+def compare(workspace: Workspace) -> ComparisonResults:
   """Runs the comparison; returns what it wrote to `compare/results.json`.
 
   Raises:
@@ -228,7 +230,9 @@ def compare(workspace: Workspace) -> dict[str, Any]:
     "searched": {k: v for k, v in searched.items() if v},
     "chosen": chosen,
     "methods": [
-      summarise(name, runs, measured["sft"], chosen.get(name))
+      summarise(
+        name, runs, measured["sft"], chosen.get(name), **describe(config, name)
+      )
       for name, runs in measured.items()
     ],
     "contrasts": contrasts(measured),
@@ -239,9 +243,23 @@ def compare(workspace: Workspace) -> dict[str, Any]:
       for path in plan.directory.rglob("record.json")
     ),
   }
+  written = checked(results, ComparisonResults)
   if workspace.is_chief:
-    files.write_json(plan.directory / "results.json", results)
-  return results
+    files.write_json(plan.directory / "results.json", written)
+  return written
+
+
+def describe(config: Config, name: str) -> dict[str, str]:
+  """Returns what the report shows of a method besides its figures."""
+  if name == "sft":
+    return {"label": OBJECTIVES[name].label, "colour": OBJECTIVES[name].colour}
+  method = get_method(name).given(config)
+  return {
+    "label": method.label,
+    "colour": method.colour,
+    "objective": method.objective,
+    "granularity": method.granularity,
+  }
 
 
 def method_names(config: Config) -> tuple[str, ...]:

@@ -19,6 +19,12 @@ from absl import logging
 from oreo_jax import data, files, report, scoring
 from oreo_jax.analysis import values
 from oreo_jax.analysis.auc import compare_scores
+from oreo_jax.analysis.results import (
+  RESULTS_NAME,
+  Evaluation,
+  checked,
+  read_results,
+)
 from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import Config, ConfigError
 from oreo_jax.models import Params
@@ -40,14 +46,14 @@ def run(workspace: Workspace, say: Say) -> None:
     say(report.format_table(results))
 
 
-def evaluate(workspace: Workspace) -> dict[str, Any]:
+def evaluate(workspace: Workspace) -> Evaluation:
   """Runs the evaluation; returns what it wrote to `results.json`.
 
   Results that were made from other models than those here now are made again.
   """
-  path = workspace.directory / "results.json"
+  path = workspace.directory / RESULTS_NAME
   if path.exists() and _is_current(workspace):
-    return files.read_json(path)
+    return read_results(workspace.directory)
   if workspace.task is None:
     return _evaluate_trajectories(workspace, path)
   return _evaluate_task(workspace, path)
@@ -79,7 +85,7 @@ def _is_current(workspace: Workspace) -> bool:
   return workspace.is_done(EVALUATE)
 
 
-def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> dict[str, Any]:
+def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
   """Has every trained policy answer held-out problems."""
   config, task = workspace.config, workspace.task
   settings = config.evaluate
@@ -128,14 +134,16 @@ def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> dict[str, Any]:
     "task": task.name,
     "seed": config.seed,
     "problems": len(exam.problems),
+    "objective": config.train.objective,
     "methods": rows,
     **judged,
     "timings": timings | {"evaluate": stage_run.seconds},
   }
+  written = checked(results, Evaluation)
   if workspace.is_chief:
-    files.write_json(path, results)
+    files.write_json(path, written)
   stage_run.done(methods=len(rows))
-  return results
+  return written
 
 
 def _granularity(workspace: Workspace, stage: str) -> str:
@@ -148,6 +156,8 @@ def _row(outcome: methods.Outcome, stage: str) -> dict[str, Any]:
   return {
     "name": outcome.label,
     "policy": stage,
+    "label": OBJECTIVES[stage].label,
+    "colour": OBJECTIVES[stage].colour,
     "search": outcome.search,
     "budget": outcome.budget,
     "accuracy": correct / total,
@@ -233,7 +243,7 @@ def _judge_values(
 
 def _evaluate_trajectories(
   workspace: Workspace, path: pathlib.Path
-) -> dict[str, Any]:
+) -> Evaluation:
   """Judges the value on the recorded trajectories of held-out problems.
 
   The value is compared with what costs nothing: the length of the answer and
@@ -306,10 +316,11 @@ def _evaluate_trajectories(
     "timings": _timings(workspace, (objective,))
     | {"evaluate": stage_run.seconds},
   }
+  written = checked(results, Evaluation)
   if workspace.is_chief:
-    files.write_json(path, results)
-  stage_run.done(trajectories=len(labels), problems=results["problems"])
-  return results
+    files.write_json(path, written)
+  stage_run.done(trajectories=len(labels), problems=written["problems"])
+  return written
 
 
 def score_trajectories(

@@ -17,9 +17,8 @@ goes on where it was.
 
 from __future__ import annotations
 
-from typing import Any
-
 from oreo_jax import files, report
+from oreo_jax.analysis.results import ROUNDS_NAME, Rounds, checked
 from oreo_jax.config import ConfigError
 from oreo_jax.progress import Progress
 from oreo_jax.stages.branch import Branch, Origin, measure
@@ -45,7 +44,7 @@ def run(workspace: Workspace, say: Say) -> None:
     say(f"report of the last round: {report.write_report(last)}")
 
 
-def iterate(workspace: Workspace) -> dict[str, Any]:
+def iterate(workspace: Workspace) -> Rounds:
   """Runs `config.rounds` rounds; returns what it wrote to `rounds.json`.
 
   Raises:
@@ -81,9 +80,10 @@ def iterate(workspace: Workspace) -> dict[str, Any]:
     "problems": config.round_problems,
     "rounds": rows,
   }
+  written = checked(results, Rounds)
   if workspace.is_chief:
-    files.write_json(workspace.directory / "rounds.json", results)
-  return results
+    files.write_json(workspace.directory / ROUNDS_NAME, written)
+  return written
 
 
 ITERATE = Stage(
@@ -92,6 +92,6 @@ ITERATE = Stage(
   run=run,
   leaves=lambda config: (
     *(f"round{number}" for number in range(config.rounds + 1)),
-    "rounds.json",
+    ROUNDS_NAME,
   ),
 )

@@ -131,6 +131,11 @@ class Objective:
   methods: tuple[Method, ...] = ()
 
   @property
+  def colour(self) -> str:
+    """Its colour in plots: that of its first method, grey without one."""
+    return self.methods[0].colour if self.methods else "grey"
+
+  @property
   def trains_policy(self) -> bool:
     """Whether the policy is trained; if not, it is the base itself."""
     return "policy" in self.trains

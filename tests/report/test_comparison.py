@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from oreo_jax import report
+from oreo_jax.analysis.results import Comparison, checked
 
 
 def cell(lr, accuracy, diverged=False):
@@ -24,6 +25,9 @@ RESULTS = {
   "methods": [
     {
       "method": name,
+      "label": label,
+      "colour": "blue" if "OREO" in label else "grey",
+      **({"objective": "oreo", "granularity": name[5:]} if "_" in name else {}),
       "lr": None if name == "sft" else 1e-3,
       "accuracies": [mean - 0.01, mean + 0.01],
       "mean": mean,
@@ -39,11 +43,12 @@ RESULTS = {
       },
       "seconds": 61.2,
     }
-    for name, mean in (
-      ("sft", 0.5),
-      ("dpo", 0.55),
-      ("oreo_token", 0.7),
-      ("oreo_step", 0.69),
+    for name, label, mean in (
+      ("sft", "SFT", 0.5),
+      ("rejection", "Rejection sampling", 0.6),
+      ("dpo", "DPO", 0.55),
+      ("oreo_token", "OREO, token", 0.7),
+      ("oreo_step", "OREO, step", 0.69),
     )
   ],
   "rounds": {
@@ -104,6 +109,7 @@ def with_contrasts():
       "difference": 0.1,
       "interval": [0.05, 0.15],
       "p_value": 0.01,
+      "seeds": 2,
       "p_holm": 0.06 if other == "sft" else 0.03,
     }
     for other, method in itertools.combinations(names, 2)
@@ -115,15 +121,16 @@ def test_methods_are_shown_against_each_other(tmp_path):
   results = with_contrasts()
   lines = report.format_comparison(results).splitlines()
   first = next(i for i, x in enumerate(lines) if x.startswith("method less"))
-  assert [line.split() for line in lines[first + 2 : first + 6]] == [
+  assert [line.split() for line in lines[first + 2 : first + 7]] == [
     ["1", "SFT"],
-    ["2", "DPO", "+10.0*"],
-    ["3", "OREO,", "token", "+10.0*", "+10.0**"],
-    ["4", "OREO,", "step", "+10.0*", "+10.0**", "+10.0**"],
+    ["2", "Rejection", "sampling", "+10.0*"],
+    ["3", "DPO", "+10.0*", "+10.0**"],
+    ["4", "OREO,", "token", "+10.0*", "+10.0**", "+10.0**"],
+    ["5", "OREO,", "step", "+10.0*", "+10.0**", "+10.0**", "+10.0**"],
   ]
   page = report.write_comparison(tmp_path, results).read_text(encoding="utf-8")
   assert "Methods against each other" in page
-  assert page.count("+10.0**") == 3
+  assert page.count("+10.0**") == 6
 
 
 @pytest.mark.parametrize(
@@ -190,3 +197,19 @@ def test_the_page(tmp_path):
   less = RESULTS | nothing | {"methods": methods}
   page = report.write_comparison(tmp_path, less).read_text(encoding="utf-8")
   assert page.count("<svg") == 1 and "What was searched" not in page
+
+
+def test_old_results_without_labels_are_shown_by_their_keys(tmp_path):
+  methods = [
+    {k: v for k, v in row.items() if k not in ("label", "colour")}
+    for row in RESULTS["methods"]
+  ]
+  old = RESULTS | {"methods": methods}
+  assert "oreo_token" in report.format_comparison(old)
+  page = report.write_comparison(tmp_path, old).read_text(encoding="utf-8")
+  assert "oreo_token" in page
+
+
+def test_what_compare_writes_is_of_the_schema():
+  for results in (RESULTS, with_contrasts()):
+    assert checked(results, Comparison) == results
