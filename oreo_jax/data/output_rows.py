@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from oreo_jax.data.sampled import BEHAVIOUR_LOGPS
 from oreo_jax.data.schema import TOOLS, Pair, Trajectory, Turn
 
@@ -32,7 +34,7 @@ def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
     row["tokens"] = [turn.tokens.tolist() for turn in trajectory.sampled]
     names = trajectory.sampled[0].arrays()
     arrays = {
-      name: [turn.arrays()[name].tolist() for turn in trajectory.sampled]
+      name: [_floats(turn.arrays()[name]) for turn in trajectory.sampled]
       for name in names
     }
     if BEHAVIOUR_LOGPS in arrays:
@@ -75,6 +77,11 @@ def preference_row(pair: Pair) -> dict[str, Any]:
     "rejected": rejected["completion"],
   }
   return chosen | answers
+
+
+def _floats(numbers: np.ndarray) -> list[float]:
+  """Returns f32[L] as numbers that JSON writes in as few digits as it takes."""
+  return [float(str(number)) for number in numbers.astype(np.float32)]
 
 
 def _template_keys(trajectory: Trajectory) -> dict[str, Any]:
