@@ -64,7 +64,7 @@ from oracles import tiny
 from oreo_jax.config import Config, MeshConfig, SftConfig
 from oreo_jax.data import make_loader
 from oreo_jax.sharding import make_mesh
-from oreo_jax.train import PreemptedError, fit, make_setup
+from oreo_jax.train import OBJECTIVES, PreemptedError, fit, make_setup
 
 directory = pathlib.Path(sys.argv[4])
 count = jax.process_count()
@@ -82,7 +82,7 @@ class Slow:
 stage = SftConfig(batch_size=4, lr=1e-2, log_every=500, measure_every=0,
                   checkpoint_every=1000)
 config = Config(model=tiny.MODEL, sft=stage)
-setup = make_setup(config, "sft", 1000)
+setup = make_setup(config, OBJECTIVES["sft"], 1000)
 mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
 loader = make_loader(
   tiny.draw_sequences(40), batch_size=4, row_length=16, epochs=300,

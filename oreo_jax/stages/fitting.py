@@ -16,6 +16,7 @@ from oreo_jax.analysis.values import value_aucs
 from oreo_jax.config import Config, StageConfig
 from oreo_jax.metrics import FILE_NAME, read_metrics
 from oreo_jax.models import Params
+from oreo_jax.sharding import process_rows
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import Objective, Setup, TrainState
 from oreo_jax.train.forward import forward
@@ -50,7 +51,7 @@ def fit(
   """
   config = objective.fit_rows(workspace.config)
   stage, name = objective.stage(config), objective.name
-  loader = make_loader(config, objective, sequences)
+  loader = make_loader(config, objective, sequences, workspace.mesh)
   steps = num_updates(stage, loader)
   setup = train.make_setup(config, objective, steps, loader.max_segments)
   logging.info(
@@ -95,13 +96,13 @@ def fit(
 
 
 def make_loader(
-  config: Config, objective: Objective, sequences: Sequence[Any]
+  config: Config, objective: Objective, sequences: Sequence[Any], mesh: Mesh
 ) -> data.Loader:
   """Makes the loader of a training stage, this process's rows of it."""
   stage = objective.stage(config)
 
   def load(epochs: float) -> data.Loader:
-    return _load(config, stage, sequences, epochs)
+    return _load(config, stage, sequences, mesh, epochs)
 
   loader = load(stage.epochs)
   if stage.updates > loader.num_steps:
@@ -117,16 +118,21 @@ def num_updates(stage: StageConfig, loader: data.Loader) -> int:
 
 
 def _load(
-  config: Config, stage: StageConfig, sequences: Sequence[Any], epochs: float
+  config: Config,
+  stage: StageConfig,
+  sequences: Sequence[Any],
+  mesh: Mesh,
+  epochs: float,
 ) -> data.Loader:
+  process_index, process_count = process_rows(mesh)
   return data.make_loader(
     sequences,
     batch_size=stage.batch_size,
     row_length=config.data.row_length,
     seed=stage.seed,
     epochs=epochs,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=process_index,
+    process_count=process_count,
     on_long=config.data.on_long,
   )
 

@@ -70,7 +70,8 @@ def planned_updates(workspace: Workspace) -> int:
   config = objective.fit_rows(workspace.config)
   used, _ = _split(workspace)
   sequences = _sequences(workspace, objective, used)
-  loader = fitting.make_loader(config, objective, sequences)
+  mesh = workspace.mesh
+  loader = fitting.make_loader(config, objective, sequences, mesh)
   return fitting.num_updates(objective.stage(config), loader)
 
 

@@ -115,7 +115,8 @@ def fit(
     logged = done
     for step in range(done, setup.num_steps):
       batch = setup.objective.batch(loader, step)
-      state, metrics = step_fn(state, ref, shard_batch(batch, mesh))
+      batch = shard_batch(batch, mesh, rows=stage.batch_size)
+      state, metrics = step_fn(state, ref, batch)
       done = step + 1
       last = done == setup.num_steps
       if last or done % stage.log_every == 0:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import tiny
+from oracles import processes, tiny
 
 from oreo_jax.config import Config, SftConfig
 from oreo_jax.data import make_loader
@@ -245,3 +245,45 @@ def test_weights_that_measure_as_no_number_have_diverged(tmp_path, monkeypatch):
   assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.latest_step() == 2
+
+
+_TRAIN = """
+from oracles import tiny
+from oreo_jax.config import Config, MeshConfig, SftConfig
+from oreo_jax.data import make_loader
+from oreo_jax.sharding import make_mesh, process_rows
+from oreo_jax.train import OBJECTIVES, fit, make_setup
+
+mesh = make_mesh(MeshConfig(data=2, tensor=4))
+index, count = process_rows(mesh)
+loader = make_loader(
+  tiny.draw_sequences(20), batch_size=4, row_length=16, epochs=3,
+  process_index=index, process_count=count,
+)
+stage = SftConfig(batch_size=4, lr=1e-2, log_every=1, measure_every=0,
+                  checkpoint_every=2)
+config = Config(model=tiny.MODEL, sft=stage)
+setup = make_setup(config, OBJECTIVES["sft"], 6)
+base = tiny.place(tiny.draw_params(), tiny.MODEL, mesh)
+with jax.set_mesh(mesh):
+  fit(base, loader, setup, mesh=mesh, directory=sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, devices", [(4, 2), (2, 4)])
+def test_a_tensor_axis_over_several_processes_trains_as_one(
+  uninterrupted, tmp_path, count, devices
+):
+  processes.run(_TRAIN, tmp_path, processes=count, devices=devices)
+  for name in ("loss", "grad_norm/policy"):
+    assert [row[name] for row in rows(tmp_path)] == pytest.approx(
+      [row[name] for row in uninterrupted[1]], rel=1e-4
+    )
+  # One process of one device goes on from what the others saved.
+  again = Steps()
+  state = run(tmp_path, again)
+  assert again.asked == []
+  tiny.assert_trees_close(
+    state.params, uninterrupted[0].params, rtol=1e-3, atol=1e-4
+  )
