@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections import Counter
 
 import numpy as np
 from absl import logging
@@ -34,6 +35,7 @@ def collect(workspace: Workspace) -> None:
   end = settings.skip + settings.problems if settings.problems else None
   problems = workspace.task.problems("train", end)[settings.skip :]
   stage_run = workspace.begin(COLLECT)
+  graded_before = Counter(workspace.task.grading_report())
   answers = answer_problems(
     workspace.start_policy(),
     problems,
@@ -67,6 +69,7 @@ def collect(workspace: Workspace) -> None:
     success=float(np.mean(answers.rewards)),
     truncated=float(1.0 - generation.finished.mean()),
     blank=sum(not text.strip() for text in answers.texts),
+    grading=dict(Counter(workspace.task.grading_report()) - graded_before),
     tokens_per_second=float(generation.lengths.sum() / answers.seconds),
   )
   return None

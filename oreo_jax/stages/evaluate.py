@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,6 +101,7 @@ def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
     settings,
   )
   stage_run = workspace.begin(EVALUATE)
+  graded_before = Counter(task.grading_report())
   rows: list[dict[str, Any]] = []
   judged: dict[str, Any] = {}
   for stage in stages:
@@ -136,6 +138,7 @@ def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
     "problems": len(exam.problems),
     "objective": config.train.objective,
     "methods": rows,
+    "grading": dict(Counter(task.grading_report()) - graded_before),
     **judged,
     "timings": timings | {"evaluate": stage_run.seconds},
   }

@@ -94,9 +94,6 @@ class ArithmeticTask:
   test_size: int = 2_000
   demonstration_count: int = 20_000
   name: str = dataclasses.field(default="arithmetic", init=False)
-  step_delimiters: tuple[str, ...] = dataclasses.field(
-    default=("\n",), init=False
-  )
 
   def __post_init__(self) -> None:
     if not 1 <= self.operations <= 6:

@@ -62,5 +62,4 @@ def make_gsm8k(
     parse=parse,
     prompt=prompt,
     grader=MathGrader(**grader_options),
-    step_delimiters=("\n",),
   )

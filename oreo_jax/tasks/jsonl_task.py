@@ -52,7 +52,6 @@ def make_jsonl(
   path: str,
   prompt: str = "{question}",
   grading: str = "math",
-  step_delimiters: Sequence[str] = ("\n",),
   **grader_options: Any,
 ) -> QuestionTask:
   """Makes the task.
@@ -62,7 +61,6 @@ def make_jsonl(
       problems are split 8:1:1 by a hash of their prompt.
     prompt: a key of `question_task.PROMPTS` or a text with `{question}`.
     grading: `math` (see `MathGrader`) or `exact` (see `ExactGrader`).
-    step_delimiters: texts that end a step.
     **grader_options: options of the grader.
   """
   graders = {"math": MathGrader, "exact": ExactGrader}
@@ -85,5 +83,4 @@ def make_jsonl(
     parse=parse,
     prompt=prompt,
     grader=graders[grading](**grader_options),
-    step_delimiters=tuple(step_delimiters),
   )

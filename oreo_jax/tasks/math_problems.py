@@ -66,7 +66,6 @@ def make_math(
     parse=parse,
     prompt=prompt,
     grader=MathGrader(**({"markers": ("boxed",)} | grader_options)),
-    step_delimiters=("\n", ". ", ".$ "),
   )
 
 

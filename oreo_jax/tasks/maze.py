@@ -104,9 +104,6 @@ class MazeTask:
   test_size: int = 2_000
   demonstration_count: int = 8_000
   name: str = dataclasses.field(default="maze", init=False)
-  step_delimiters: tuple[str, ...] = dataclasses.field(
-    default=("\n",), init=False
-  )
 
   def __post_init__(self) -> None:
     if not 2 <= self.size <= 9:

@@ -66,7 +66,6 @@ class QuestionTask:
 
   Attributes:
     name: the task's name.
-    step_delimiters: texts that end a step.
     grader: compares final answers and counts how it went.
   """
 
@@ -78,7 +77,6 @@ class QuestionTask:
     parse: Callable[[Row], Example],
     prompt: str,
     grader: Grader,
-    step_delimiters: tuple[str, ...],
   ) -> None:
     """Makes a task; nothing is read before it is asked for.
 
@@ -88,10 +86,8 @@ class QuestionTask:
       parse: reads a row; raises a ValueError that names its place.
       prompt: a key of `PROMPTS`, or a text that holds `{question}`.
       grader: compares final answers.
-      step_delimiters: texts that end a step.
     """
     self.name = name
-    self.step_delimiters = step_delimiters
     self.grader = grader
     self._read = read
     self._parse = parse

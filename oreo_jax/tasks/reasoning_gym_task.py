@@ -27,13 +27,11 @@ class ReasoningGymTask:
 
   Attributes:
     name: `reasoning_gym`.
-    step_delimiters: a step ends with its line.
     counts: answers `scored`, or graded 0 because there was `no_answer`, it was
       `too_long`, or the scorer raised (`error`).
   """
 
   name = "reasoning_gym"
-  step_delimiters = ("\n",)
 
   def __init__(
     self,

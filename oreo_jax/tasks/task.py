@@ -39,11 +39,9 @@ class Task(Protocol):
 
   Attributes:
     name: short name, as given to `get_task`.
-    step_delimiters: texts that end a reasoning step, e.g. `("\n",)`.
   """
 
   name: str
-  step_delimiters: tuple[str, ...]
 
   def problems(self, split: str, count: int | None = None) -> list[Problem]:
     """Returns the first `count` problems of a split (all of them if None).

@@ -125,7 +125,6 @@ def test_math_from_a_file(tmp_path):
   # The last boxed answer counts, not the first, and not both as a set.
   assert problem.answer == f"\\frac{{{number}}}{{2}}"
   assert problem.prompt.endswith("within \\boxed{}.\n")
-  assert task.step_delimiters == ("\n", ". ", ".$ ")
   assert task.grade(*zip(*pairs, strict=True)).all()
   assert not task.grade([problem], [f"#### {problem.answer}"]).any()
 
@@ -164,9 +163,8 @@ def test_jsonl_math_and_exact(tmp_path):
   assert task.grade(*zip(*task.demonstrations(), strict=True)).all()
   responses = ["A: 5.0", "A: 5", "5", " 5 \n", "6"]
   assert task.grade([problem] * 5, responses).tolist() == [1, 1, 0, 0, 0]
-  exact = get_task("jsonl", path=path, grading="exact", step_delimiters=(";",))
+  exact = get_task("jsonl", path=path, grading="exact")
   assert exact.grade([problem] * 5, responses).tolist() == [0, 1, 1, 1, 0]
-  assert exact.step_delimiters == (";",)
 
 
 def test_a_directory_with_splits(tmp_path):
