@@ -1,11 +1,11 @@
-"""Many prompts through generation and search, a fixed-shape batch at a time.
+"""Many prompts through generation, search and judging, a batch at a time.
 
 Prompts are taken by length, so that a batch wastes little room, and the room
 for the prompt is rounded up, so that few shapes are compiled.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,22 +14,36 @@ from oreo_jax.config import ModelConfig
 from oreo_jax.decode.beam import Search, step_beam_search
 from oreo_jax.decode.generate import Generation, generate
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
+from oreo_jax.decode.values import answer_values
 from oreo_jax.models import Params
 
-Prompts = Sequence[Sequence[int]] | Sequence[np.ndarray]
+Prompts = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 # Called with the number of prompts done since the last call.
 OnProgress = Callable[[int], Any]
+Tree = TypeVar("Tree")
 
 _ROUND_UP = 16
 
 
-def batched(
-  prompts: Prompts, size: int
-) -> Iterator[tuple[np.ndarray, list, int]]:
-  """Yields (indices, prompts, room): batches of `size` prompts.
+class PromptBatch(NamedTuple):
+  """Some prompts of similar length; always as many as in other batches."""
 
-  The last batch is filled up with its last prompt; `indices` has only the
-  real ones.
+  number: int  # which batch, from 0 on
+  indices: np.ndarray  # i64[size], their places; the last one fills up the end
+  count: int  # how many of them are real
+  prompts: list  # `size` prompts
+  room: int  # tokens to make room for
+
+
+def prompt_batches(
+  prompts: Prompts, size: int, *, prompt_length: int | None = None
+) -> Iterator[PromptBatch]:
+  """Yields the prompts in batches, the shortest first.
+
+  Args:
+    prompts: token ids, ragged.
+    size: prompts of a batch.
+    prompt_length: room of every batch; by default each has its own.
 
   Raises:
     ValueError: without any prompt.
@@ -39,12 +53,59 @@ def batched(
   lengths = np.array([len(prompt) for prompt in prompts])
   order = np.argsort(lengths, kind="stable")
   longest = int(lengths.max())
-  for start in range(0, len(order), size):
+  for number, start in enumerate(range(0, len(order), size)):
     indices = order[start : start + size]
-    rows = [prompts[i] for i in indices]
-    rows += rows[-1:] * (size - len(rows))
-    room = -(-max(len(row) for row in rows) // _ROUND_UP) * _ROUND_UP
-    yield indices, rows, min(room, longest)
+    count = len(indices)
+    indices = np.pad(indices, (0, size - count), mode="edge")
+    rounded = -(-int(lengths[indices].max()) // _ROUND_UP) * _ROUND_UP
+    yield PromptBatch(
+      number=number,
+      indices=indices,
+      count=count,
+      prompts=[prompts[i] for i in indices],
+      room=prompt_length or min(rounded, longest),
+    )
+
+
+def over_batches(
+  run: Callable[[PromptBatch], Tree],
+  prompts: Prompts,
+  *,
+  batch_size: int,
+  rows_per_prompt: int = 1,
+  prompt_length: int | None = None,
+  on_progress: OnProgress = lambda count: None,
+) -> Tree:
+  """Runs a function over batches and puts the results in the prompts' order.
+
+  Args:
+    run: from a batch of n prompts to a tree of host arrays, each of n *
+      rows_per_prompt rows, prompt-major.
+    prompts: token ids, ragged.
+    batch_size: rows that are decoded together.
+    rows_per_prompt: of them, belong to one prompt.
+    prompt_length: room for a prompt; by default each batch has its own.
+    on_progress: called with the prompts done.
+
+  Returns:
+    The same tree with len(prompts) * rows_per_prompt rows.
+  """
+  size = max(min(batch_size // rows_per_prompt, len(prompts)), 1)
+  results, order = [], []
+  for batch in prompt_batches(prompts, size, prompt_length=prompt_length):
+    rows = batch.count * rows_per_prompt
+    results.append(jax.tree.map(lambda x, rows=rows: x[:rows], run(batch)))
+    order.append(_rows_of(batch.indices[: batch.count], rows_per_prompt))
+    on_progress(batch.count)
+  place = np.argsort(np.concatenate(order))
+  return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *results)
+
+
+def _rows_of(indices: np.ndarray, rows_per_prompt: int) -> np.ndarray:
+  """Returns the rows that belong to some prompts, prompt-major."""
+  return (
+    indices[:, None] * rows_per_prompt + np.arange(rows_per_prompt)
+  ).ravel()
 
 
 def generate_all(
@@ -58,6 +119,7 @@ def generate_all(
   sampler: Sampler = ANCESTRAL,
   num_samples: int = 1,
   batch_size: int = 512,
+  prompt_length: int | None = None,
   on_progress: OnProgress = lambda count: None,
 ) -> Generation:
   """Continues every prompt; as `generate`, in the order of `prompts`.
@@ -72,36 +134,39 @@ def generate_all(
     sampler: how tokens are drawn.
     num_samples: answers a prompt.
     batch_size: sequences decoded together, num_samples a prompt.
+    prompt_length: room for a prompt; by default each batch has its own.
     on_progress: called with the prompts done.
 
   Returns:
     A Generation of len(prompts) * num_samples rows, prompt-major.
   """
-  size = max(min(batch_size // num_samples, len(prompts)), 1)
-  parts, order = [], []
-  for number, (indices, rows, room) in enumerate(batched(prompts, size)):
-    out = generate(
+
+  def run(batch: PromptBatch) -> Generation:
+    return generate(
       policy,
-      rows,
-      jax.random.fold_in(key, number),
+      batch.prompts,
+      jax.random.fold_in(key, batch.number),
       config,
       max_new_tokens=max_new_tokens,
       eos_ids=eos_ids,
       sampler=sampler,
       num_samples=num_samples,
-      prompt_length=room,
+      prompt_length=batch.room,
     )
-    parts.append([x[: len(indices) * num_samples] for x in out])
-    order.append(
-      (indices[:, None] * num_samples + np.arange(num_samples)).ravel()
-    )
-    on_progress(len(indices))
-  return Generation(*_in_order(parts, order))
+
+  return over_batches(
+    run,
+    prompts,
+    batch_size=batch_size,
+    rows_per_prompt=num_samples,
+    prompt_length=prompt_length,
+    on_progress=on_progress,
+  )
 
 
 def search_all(
   policy: Params,
-  critic: Params,
+  critic: Params | None,
   prompts: Prompts,
   key: jax.Array,
   config: ModelConfig,
@@ -127,28 +192,68 @@ def search_all(
   Returns:
     A Search of len(prompts) rows.
   """
-  size = max(min(batch_size // beams**2, len(prompts)), 1)
-  parts, order = [], []
-  for number, (indices, rows, room) in enumerate(batched(prompts, size)):
-    out = step_beam_search(
+
+  def run(batch: PromptBatch) -> Search:
+    return step_beam_search(
       policy,
       critic,
-      rows,
-      jax.random.fold_in(key, number),
+      batch.prompts,
+      jax.random.fold_in(key, batch.number),
       config,
       beams=beams,
-      prompt_length=room,
+      prompt_length=batch.room,
       **options,
     )
-    flat = [*out.answers, out.values, out.proposed]
-    parts.append([x[: len(indices)] for x in flat])
-    order.append(indices)
-    on_progress(len(indices))
-  *answers, values, proposed = _in_order(parts, order)
-  return Search(Generation(*answers), values, proposed)
+
+  return over_batches(
+    run,
+    prompts,
+    batch_size=max(batch_size // beams**2, 1),
+    on_progress=on_progress,
+  )
 
 
-def _in_order(parts: list[list[np.ndarray]], order: list[np.ndarray]) -> list:
-  """Joins the parts and puts row `order[i]` of the whole in its place."""
-  place = np.argsort(np.concatenate(order))
-  return [np.concatenate(column)[place] for column in zip(*parts, strict=True)]
+def values_all(
+  critic: Params,
+  prompts: Prompts,
+  answers: Generation,
+  config: ModelConfig,
+  *,
+  batch_size: int = 512,
+  prompt_length: int | None = None,
+  on_progress: OnProgress = lambda count: None,
+) -> np.ndarray:
+  """Reads V along every answer; as `answer_values`, in the order of `answers`.
+
+  Args:
+    critic: a value network.
+    prompts: token ids of Q questions.
+    answers: of them, a multiple of Q rows, question-major.
+    config: architecture of the critic.
+    batch_size: answers read together.
+    prompt_length: room for a prompt; by default each batch has its own.
+    on_progress: called with the prompts done.
+
+  Returns:
+    f32[R, max_new_tokens + 1], column i is V after i tokens of the answer.
+  """
+  samples = len(answers.lengths) // len(prompts)
+
+  def run(batch: PromptBatch) -> np.ndarray:
+    rows = _rows_of(batch.indices, samples)
+    return answer_values(
+      critic,
+      batch.prompts,
+      Generation(*(x[rows] for x in answers)),
+      config,
+      prompt_length=batch.room,
+    )
+
+  return over_batches(
+    run,
+    prompts,
+    batch_size=batch_size,
+    rows_per_prompt=samples,
+    prompt_length=prompt_length,
+    on_progress=on_progress,
+  )

@@ -1,10 +1,4 @@
-"""Generation: a prefill, then one jitted loop over the KV cache.
-
-Prompts of different lengths are left-aligned: token i of a row is at position i
-and in cache slot i. What grows from them, samples of a prompt or proposals of a
-beam, shares the cache of its prefix and keeps its own tokens in a small one, so
-that a step writes one slot and the long part is read once for all branches.
-"""
+"""Generation: a prefill, then one jitted loop over the KV cache."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,34 +9,18 @@ import numpy as np
 
 from oreo_jax import models
 from oreo_jax.config import ModelConfig
+from oreo_jax.decode.prefix import (
+  Branches,
+  Prefix,
+  pad_prompts,
+  read_prompts,
+)
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler, draw
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.stops import advance as read_stops
 from oreo_jax.hosts import to_host
-from oreo_jax.models import Cache, Params
+from oreo_jax.models import Params
 from oreo_jax.sharding import constrain_batch
-
-
-class Prefix(NamedTuple):
-  """What P rows hold so far, left-aligned: prompts, or beams of a search."""
-
-  tokens: jax.Array  # i32[P, S]; rubbish beyond `lengths`
-  lengths: jax.Array  # i32[P]
-  logps: jax.Array  # f32[P, S], log pi of each generated token, 0 elsewhere
-  stop_state: jax.Array  # i32[P], of the automaton of the stops
-  # Keys and values of all tokens but the last one, which is fed next.
-  cache: Cache
-
-
-class Branches(NamedTuple):
-  """R = P * branches continuations, those of a prefix side by side."""
-
-  tokens: jax.Array  # i32[R, M], new tokens; rubbish beyond `lengths`
-  lengths: jax.Array  # i32[R], new tokens
-  finished: jax.Array  # bool[R], the last one is an end-of-sequence
-  logps: jax.Array  # f32[R, M], log pi of each new token
-  stop_state: jax.Array  # i32[R], of the automaton after the last one
-  cache: Cache  # slot 0: the prefix's last token; slot j + 1: new token j
 
 
 class Generation(NamedTuple):
@@ -57,82 +35,6 @@ class Generation(NamedTuple):
     """Returns the tokens of each answer, without the end-of-sequence."""
     ends = self.lengths - self.finished
     return [row[:end] for row, end in zip(self.tokens, ends, strict=True)]
-
-
-def pad_prompts(
-  prompts: Sequence[Sequence[int]], length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns prompts as (tokens i32[R, P], lengths i32[R]), left-aligned.
-
-  Args:
-    prompts: token ids, none empty.
-    length: P; by default the longest prompt.
-
-  Raises:
-    ValueError: if a prompt is empty or longer than `length`.
-  """
-  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  if not len(lengths) or not lengths.min():
-    raise ValueError("prompts: every prompt needs at least one token")
-  length = int(lengths.max()) if length is None else length
-  if lengths.max() > length:
-    row = int(lengths.argmax())
-    raise ValueError(
-      f"prompts: prompt {row} has {lengths[row]} tokens, room is {length}"
-    )
-  tokens = np.zeros((len(prompts), length), np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens[row, : len(prompt)] = prompt
-  return tokens, lengths
-
-
-def prefill(
-  params: Params,
-  prompts: jax.Array,
-  lengths: jax.Array,
-  config: ModelConfig,
-  slots: int,
-) -> models.Output:
-  """Writes the first `lengths` tokens of each prompt into a fresh cache.
-
-  Args:
-    params: of a policy or a value network.
-    prompts: i32[P, W].
-    lengths: i32[P], tokens of each row that are written.
-    config: the architecture.
-    slots: S of the cache.
-
-  Returns:
-    Output(hidden [P, W, D], cache).
-  """
-  index = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None]
-  positions = jnp.where(index < lengths[:, None], index, -1)
-  cache = models.init_cache(config, prompts.shape[0], slots)
-  cache = models.Cache(*(constrain_batch(x, dim=1) for x in cache))
-  return models.apply(params, prompts, config, positions=positions, cache=cache)
-
-
-def read_prompts(
-  params: Params,
-  prompts: jax.Array,
-  lengths: jax.Array,
-  config: ModelConfig,
-  *,
-  room: int = 0,
-) -> Prefix:
-  """Prefills prompts [P, W] into rows with room for `room` more tokens."""
-  prompts, lengths = constrain_batch(prompts), constrain_batch(lengths)
-  # The last token is left to the first decoding step, so that every step, the
-  # first included, feeds one token and reads one distribution.
-  slots = prompts.shape[1] + room
-  cache = prefill(params, prompts, lengths - 1, config, slots).cache
-  return Prefix(
-    tokens=jnp.pad(prompts, ((0, 0), (0, room))),
-    lengths=lengths,
-    logps=jnp.zeros((prompts.shape[0], slots), jnp.float32),
-    stop_state=jnp.zeros_like(lengths),
-    cache=cache,
-  )
 
 
 def extend(
@@ -180,11 +82,11 @@ def extend(
   last = jnp.take_along_axis(prefix.tokens, prefix.lengths[:, None] - 1, axis=1)
   empty = models.init_cache(config, rows, max_new_tokens)
 
-  def unfinished(carry):
+  def unfinished(carry: tuple) -> jax.Array:
     step, active = carry[:2]
     return (step < max_new_tokens) & jnp.any(active)
 
-  def body(carry):
+  def add_token(carry: tuple) -> tuple:
     step, active, fed, grown = carry
     out = models.apply_branches(
       params,
@@ -208,6 +110,7 @@ def extend(
       lengths=lengths,
       finished=grown.finished | (active & ended),
       logps=_set_column(grown.logps, step, logp),
+      step_ended=grown.step_ended | (active & stopped),
       stop_state=stop_state,
       cache=out.cache,
     )
@@ -219,6 +122,7 @@ def extend(
     lengths=jnp.zeros(rows, jnp.int32),
     finished=jnp.zeros(rows, bool),
     logps=jnp.zeros((rows, max_new_tokens), jnp.float32),
+    step_ended=jnp.zeros(rows, bool),
     stop_state=jnp.repeat(prefix.stop_state, branches),
     cache=models.Cache(*(constrain_batch(x, dim=1) for x in empty)),
   )
@@ -228,7 +132,7 @@ def extend(
     jnp.repeat(last, branches, axis=0),
     start,
   )
-  return jax.lax.while_loop(unfinished, body, carry)[3]
+  return jax.lax.while_loop(unfinished, add_token, carry)[3]
 
 
 def _set_column(x: jax.Array, column: jax.Array, new: jax.Array) -> jax.Array:

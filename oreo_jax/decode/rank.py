@@ -5,18 +5,25 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from oreo_jax import models
 from oreo_jax.config import ModelConfig
-from oreo_jax.decode.generate import Generation, generate, pad_prompts
+from oreo_jax.decode.batches import (
+  OnProgress,
+  Prompts,
+  generate_all,
+  values_all,
+)
+from oreo_jax.decode.generate import Generation
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
-from oreo_jax.hosts import to_host
+from oreo_jax.decode.stops import Stops
+from oreo_jax.decode.values import (
+  check_granularity,
+  check_reduction,
+  readable_states,
+  reduce_values,
+)
 from oreo_jax.models import Params
-from oreo_jax.sharding import constrain_batch
-
-REDUCTIONS = ("final", "min", "mean")
 
 
 class BestOfN(NamedTuple):
@@ -30,7 +37,7 @@ class BestOfN(NamedTuple):
 def best_of_n(
   policy: Params,
   critic: Params,
-  prompts: Sequence[Sequence[int]] | np.ndarray,
+  prompts: Prompts,
   key: jax.Array,
   config: ModelConfig,
   *,
@@ -39,6 +46,9 @@ def best_of_n(
   max_new_tokens: int,
   sampler: Sampler = ANCESTRAL,
   reduction: str = "final",
+  granularity: str = "token",
+  stops: Stops | None = None,
+  batch_size: int = 512,
   prompt_length: int | None = None,
   critic_config: ModelConfig | None = None,
 ) -> BestOfN:
@@ -56,17 +66,19 @@ def best_of_n(
     sampler: how tokens are drawn.
     reduction: "final" ranks by V of the last state, "min" and "mean" by V
       over the states of the answer.
+    granularity: "token" or "step", what the critic was trained at.
+    stops: where a step ends; needed at step level.
+    batch_size: answers sampled together, and judged together.
     prompt_length: room for the prompt; fix it over calls to compile once.
     critic_config: architecture of the critic when it is another one.
 
   Returns:
     A BestOfN. Its answers and values serve the votes too.
   """
-  if reduction not in REDUCTIONS:
-    raise ValueError(
-      f"reduction: expected one of {REDUCTIONS}, got {reduction!r}"
-    )
-  answers = generate(
+  # Before anything is sampled.
+  check_reduction(reduction)
+  check_granularity(granularity)
+  answers = generate_all(
     policy,
     prompts,
     key,
@@ -75,103 +87,145 @@ def best_of_n(
     eos_ids=eos_ids,
     sampler=sampler,
     num_samples=num_samples,
+    batch_size=batch_size,
     prompt_length=prompt_length,
   )
-  along = answer_values(
+  values = rank_all(
     critic,
     prompts,
     answers,
     critic_config or config,
+    reduction=reduction,
+    granularity=granularity,
+    stops=stops,
+    batch_size=batch_size,
     prompt_length=prompt_length,
   )
-  ranked = reduce_values(along, answers, reduction).reshape(-1, num_samples)
-  return BestOfN(answers, ranked, np.argmax(ranked, axis=1))
+  return BestOfN(answers, values, np.argmax(values, axis=1))
 
 
-def answer_values(
+def rank_all(
   critic: Params,
-  prompts: Sequence[Sequence[int]] | np.ndarray,
+  prompts: Prompts,
   answers: Generation,
   config: ModelConfig,
   *,
+  reduction: str = "final",
+  granularity: str = "token",
+  stops: Stops | None = None,
+  batch_size: int = 512,
   prompt_length: int | None = None,
+  on_progress: OnProgress = lambda count: None,
 ) -> np.ndarray:
-  """Returns V along each answer.
+  """Judges answers that were sampled before, in batches.
+
+  The first n columns serve best-of-n of every n up to N.
 
   Args:
     critic: a value network.
     prompts: token ids of Q questions.
-    answers: of them, a multiple of Q rows, question-major.
+    answers: N of each question, question-major.
     config: architecture of the critic.
-    prompt_length: room for the prompt.
+    reduction: as in `best_of_n`.
+    granularity: "token" or "step", what the critic was trained at.
+    stops: where a step ends; needed at step level.
+    batch_size: answers judged together.
+    prompt_length: room for the prompt; by default each batch has its own.
+    on_progress: called with the prompts done.
 
   Returns:
-    f32[R, max_new_tokens + 1]: column 0 is V of the prompt, column i of the
-    state after i tokens of the answer.
+    f32[Q, N], what each answer is ranked by; the highest is the best.
+
+  Raises:
+    ValueError: for a critic of response level, which cannot judge answers.
   """
-  tokens, lengths = pad_prompts(prompts, prompt_length)
-  samples = len(answers.lengths) // len(lengths)
-  lengths = np.repeat(lengths, samples)
-  width = answers.tokens.shape[1]
-  whole = np.pad(np.repeat(tokens, samples, axis=0), ((0, 0), (0, width)))
-  place = lengths[:, None] + np.arange(width)[None]
-  np.put_along_axis(whole, place, answers.tokens, axis=1)
-  return to_host(
-    _values_along(
-      critic, whole, lengths, answers.lengths, config=config, width=width
-    )
-  )
-
-
-def _values_along_impl(critic, tokens, lengths, grown, *, config, width):
-  index = jnp.arange(tokens.shape[1])[None]
-  inside = index < (lengths + grown)[:, None]
-  out = models.apply(
+  check_reduction(reduction)
+  readable = readable_states(answers, granularity=granularity, stops=stops)
+  values = values_all(
     critic,
-    constrain_batch(tokens),
+    prompts,
+    answers,
     config,
-    segment_ids=inside.astype(jnp.int32),
+    batch_size=batch_size,
+    prompt_length=prompt_length,
+    on_progress=on_progress,
   )
-  place = (lengths - 1)[:, None] + jnp.arange(width + 1)[None]
-  return jnp.take_along_axis(models.values(critic, out.hidden), place, axis=1)
+  return reduce_values(values, readable, reduction).reshape(len(prompts), -1)
 
 
-_values_along = jax.jit(_values_along_impl, static_argnames=("config", "width"))
-
-
-def reduce_values(
-  values: np.ndarray, answers: Generation, reduction: str = "final"
+def vote_weights(
+  values: np.ndarray, *, reward_scale: float = 1.0, reward_offset: float = 0.0
 ) -> np.ndarray:
-  """Returns f32[R]: one figure an answer, from V along it.
+  """Turns values into the weights of votes.
 
-  The state after the end-of-sequence is left out: V was never trained there.
+  V was trained on `reward * reward_scale + reward_offset`. Undone, it is an
+  expected reward, and an answer that is expected to be wrong weighs little.
+  Below zero, no one is expected to be right: such a vote weighs nothing.
+
+  Args:
+    values: f32[...].
+    reward_scale: of the training, `train.reward_scale`; not 0.
+    reward_offset: of the training, `train.reward_offset`.
+
+  Returns:
+    f64[...], none negative.
+
+  Example:
+    >>> vote_weights([-1.0, 0.0, 0.5], reward_scale=2.0, reward_offset=-1.0)
+    array([0.  , 0.5 , 0.75])
   """
-  last = answers.lengths - answers.finished
-  if reduction == "final":
-    return np.take_along_axis(values, last[:, None], axis=1)[:, 0]
-  inside = np.arange(values.shape[1])[None] <= last[:, None]
-  if reduction == "min":
-    return np.where(inside, values, np.inf).min(axis=1)
-  return np.where(inside, values, 0.0).sum(axis=1) / inside.sum(axis=1)
+  if reward_scale == 0:
+    raise ValueError(
+      "reward_scale: expected a number other than 0"
+      " (--config.train.reward_scale)"
+    )
+  rewards = (np.asarray(values, np.float64) - reward_offset) / reward_scale
+  return np.maximum(rewards, 0.0)
 
 
 def majority_vote(
-  answers: Sequence[Hashable], weights: Sequence[float] | None = None
+  answers: Sequence[Hashable],
+  weights: Sequence[float] | np.ndarray | None = None,
+  finished: Sequence[bool] | np.ndarray | None = None,
 ) -> int:
-  """Returns the index of the first answer of the heaviest group.
+  """Returns the index of the first voter of the heaviest group.
+
+  Equal answers vote together. Only finished answers that are not empty vote:
+  a text that was cut off can end in anything. If there is no voter, the first
+  answer that is not empty is elected, else the first of all.
 
   Args:
-    answers: the final answers of one question; equal ones vote together. An
-      empty answer has no vote unless all are empty.
-    weights: of the votes; equal by default. Negative weights count as 0.
+    answers: the final answers of one question; "" and None are empty.
+    weights: of the votes, of `vote_weights`; equal by default, and where no
+      voter has a weight above 0. Negative ones count as 0.
+    finished: which answers ended by themselves; all by default.
 
   Example:
     >>> majority_vote(["4", "5", "4"]), majority_vote(["4", "5"], [0.1, 0.9])
     (0, 1)
+    >>> majority_vote(["4", "4", "5"], finished=[False, False, True])
+    2
   """
-  if weights is None:
-    weights = [1.0] * len(answers)
-  totals: dict = collections.defaultdict(float)
-  for answer, weight in zip(answers, weights, strict=True):
-    totals[answer] += max(float(weight), 0.0) if answer else 0.0
-  return list(answers).index(max(totals, key=totals.__getitem__))
+  answers = list(answers)
+  count = len(answers)
+  if not count:
+    raise ValueError("answers: expected at least one, got none")
+  given = [answer is not None and answer != "" for answer in answers]
+  ended = [True] * count if finished is None else [bool(x) for x in finished]
+  heavy = [1.0] * count if weights is None else [float(x) for x in weights]
+  if not len(ended) == len(heavy) == count:
+    raise ValueError(
+      f"majority_vote: expected {count} weights and finished, one an answer,"
+      f" got {len(heavy)} and {len(ended)}"
+    )
+  voters = [i for i in range(count) if given[i] and ended[i]]
+  if not voters:
+    return given.index(True) if any(given) else 0
+  if not any(heavy[i] > 0 for i in voters):
+    heavy = [1.0] * count
+  totals: dict[Hashable, float] = collections.defaultdict(float)
+  firsts: dict[Hashable, int] = {}
+  for i in voters:
+    totals[answers[i]] += max(heavy[i], 0.0)
+    firsts.setdefault(answers[i], i)
+  return firsts[max(totals, key=totals.__getitem__)]

@@ -61,6 +61,15 @@ class Exam(NamedTuple):
     return decode.Sampler(self.settings.temperature, top_p=self.settings.top_p)
 
 
+class Judge(NamedTuple):
+  """A value network and what it was trained on."""
+
+  critic: Params
+  granularity: str = "token"  # at which states: token | step
+  reward_scale: float = 1.0  # on reward * scale + offset
+  reward_offset: float = 0.0
+
+
 class Outcome(NamedTuple):
   """What a method earned and what it cost."""
 
@@ -95,7 +104,7 @@ def plain_methods(policy: Params, label: str, exam: Exam) -> list[Outcome]:
 
 
 def sampled_methods(
-  policy: Params, critic: Params | None, label: str, exam: Exam
+  policy: Params, judge: Judge | None, label: str, exam: Exam
 ) -> list[Outcome]:
   """Votes over samples and, with a value network, picks by value.
 
@@ -103,7 +112,7 @@ def sampled_methods(
 
   Args:
     policy: what is sampled from.
-    critic: ranks the answers; None leaves the majority vote alone.
+    judge: ranks the answers; None leaves the majority vote alone.
     label: of the policy.
     exam: the problems.
   """
@@ -115,17 +124,34 @@ def sampled_methods(
     sampler=exam.sampler,
   )
   finals = [exam.task.final_answer(text) for text in answers.texts]
-  judging, scores = 0.0, None
-  if critic is not None:
+  judging, scores, weights = 0.0, None, None
+  if judge is not None:
     start = time.monotonic()
-    scores = answers.table(
-      decode.reduce_values(
-        values_along(critic, answers, exam), answers.generation
-      )
+    scores = decode.rank_all(
+      judge.critic,
+      exam.codec.prompts(exam.problems),
+      answers.generation,
+      exam.config,
+      granularity=judge.granularity,
+      stops=exam.codec.stops,
+      batch_size=exam.settings.batch_size,
     )
     judging = time.monotonic() - start
+    weights = decode.vote_weights(
+      scores,
+      reward_scale=judge.reward_scale,
+      reward_offset=judge.reward_offset,
+    )
   rewards = answers.table(answers.rewards)
   lengths = answers.table(answers.generation.lengths)
+  finished = answers.table(answers.generation.finished)
+
+  def vote(question: int, count: int, weights: np.ndarray | None) -> int:
+    return decode.majority_vote(
+      finals[question * most :][:count],
+      None if weights is None else weights[question, :count],
+      finished[question, :count],
+    )
 
   def outcome(
     search: str, title: str, count: int, choose: Callable[[int], int]
@@ -139,16 +165,12 @@ def sampled_methods(
 
   outcomes = []
   for count in (n for n in exam.settings.budgets if n > 1):
-
-    def votes(question: int, count: int = count) -> list[str]:
-      return finals[question * most :][:count]
-
     outcomes.append(
       outcome(
         "vote",
         f"majority of {count}",
         count,
-        lambda q, votes=votes: decode.majority_vote(votes(q)),
+        lambda q, n=count: vote(q, n, None),
       )
     )
     if scores is not None:
@@ -157,9 +179,7 @@ def sampled_methods(
           "weighted_vote",
           f"value-weighted vote of {count}",
           count,
-          lambda q, votes=votes, n=count: decode.majority_vote(
-            votes(q), scores[q, :n]
-          ),
+          lambda q, n=count: vote(q, n, weights),
         )
       )
       outcomes.append(
@@ -174,7 +194,7 @@ def sampled_methods(
 
 
 def beam_methods(
-  policy: Params, critic: Params, label: str, exam: Exam
+  policy: Params, judge: Judge, label: str, exam: Exam
 ) -> list[Outcome]:
   """Searches step by step with the value, at every budget."""
   settings = exam.settings
@@ -190,7 +210,7 @@ def beam_methods(
     ) as progress:
       search = decode.search_all(
         policy,
-        critic,
+        judge.critic,
         prompts,
         jax.random.key(settings.seed),
         exam.config,
@@ -201,6 +221,7 @@ def beam_methods(
         max_steps=settings.max_steps,
         max_step_tokens=settings.max_step_tokens,
         sampler=exam.sampler,
+        granularity=judge.granularity,
         batch_size=settings.batch_size,
         on_progress=progress.update,
       )
@@ -222,21 +243,3 @@ def beam_methods(
       )
     )
   return outcomes
-
-
-def values_along(critic: Params, answers: Answers, exam: Exam) -> np.ndarray:
-  """Returns f32[R, max_new_tokens + 1], V along the answers, in batches."""
-  prompts = exam.codec.prompts(exam.problems)
-  samples, generation = answers.samples, answers.generation
-  size = max(exam.settings.batch_size // samples, 1)
-  size = min(size, len(prompts))
-  along = np.zeros((len(generation.lengths), generation.tokens.shape[1] + 1))
-  for indices, rows, room in decode.batched(prompts, size):
-    place = (indices[:, None] * samples + np.arange(samples)).ravel()
-    filled = np.resize(place, size * samples)  # the last batch is filled up
-    batch = decode.Generation(*(x[filled] for x in generation))
-    values = decode.answer_values(
-      critic, rows, batch, exam.config, prompt_length=room
-    )
-    along[place] = values[: len(place)]
-  return along

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from oreo_jax import data, files, report, scoring
+from oreo_jax import data, decode, files, report, scoring
 from oreo_jax.analysis import values
 from oreo_jax.analysis.auc import compare_scores
 from oreo_jax.analysis.results import (
@@ -126,10 +126,16 @@ def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
         )
         outcomes += methods.sampled_methods(policy, None, label, exam)
       else:
-        outcomes += methods.sampled_methods(policy, critic, label, exam)
-        outcomes += methods.beam_methods(policy, critic, label, exam)
+        judge = methods.Judge(
+          critic,
+          granularity,
+          config.train.reward_scale,
+          config.train.reward_offset,
+        )
+        outcomes += methods.sampled_methods(policy, judge, label, exam)
+        outcomes += methods.beam_methods(policy, judge, label, exam)
         if stage == config.train.objective:
-          judged = _judge_values(workspace, exam, policy, critic, granularity)
+          judged = _judge_values(workspace, exam, policy, judge)
     rows += [_row(outcome, stage) for outcome in outcomes]
   timings = _timings(workspace, ("sft", "collect", *stages))
   results = {
@@ -188,8 +194,7 @@ def _judge_values(
   workspace: Workspace,
   exam: methods.Exam,
   policy: Params,
-  critic: Params,
-  granularity: str,
+  judge: methods.Judge,
 ) -> dict[str, Any]:
   """Reads values along right and wrong samples, and one of them by steps."""
   config, settings = workspace.config, exam.settings
@@ -200,16 +205,18 @@ def _judge_values(
     num_samples=settings.value_samples,
     sampler=few.sampler,
   )
-  along = methods.values_along(critic, answers, few)
   generation = answers.generation
+  along = decode.values_all(
+    judge.critic,
+    few.codec.prompts(few.problems),
+    generation,
+    few.config,
+    batch_size=settings.batch_size,
+  )
   states = generation.lengths - generation.finished
-  trained = None
-  if granularity == "step":
-    trained = np.zeros(along.shape, bool)
-    for row, tokens in enumerate(generation.answers()):
-      trained[row, workspace.codec.step_starts(tokens)] = True
-      if generation.finished[row]:
-        trained[row, len(tokens)] = True  # the state before the end token
+  trained = decode.readable_states(
+    generation, granularity=judge.granularity, stops=few.codec.stops
+  )
   analysis = values.analyse(
     along,
     states,
@@ -217,8 +224,8 @@ def _judge_values(
     answers.problem_ids,
     trained=trained,
     seed=settings.seed,
-    reward_scale=config.train.reward_scale,
-    reward_offset=config.train.reward_offset,
+    reward_scale=judge.reward_scale,
+    reward_offset=judge.reward_offset,
   )
   # The longest wrong answer to the first problem that was also solved: where
   # the value falls says where it went wrong.

@@ -19,11 +19,14 @@ from oreo_jax.decode import (
   DELIMITERS,
   GREEDY,
   Stops,
+  by_logp,
+  by_value,
   generate,
   make_stops,
   search_all,
   step_beam_search,
 )
+from oreo_jax.decode.step import Plan, advance, start_beams
 
 KEY = jax.random.key(5)
 VOCAB = 24
@@ -80,13 +83,28 @@ def token_ends(answer):
 
 
 def compare(
-  search, follow, values, prompts, *, stops=STOPS, ends=token_ends, **options
+  search,
+  follow,
+  values,
+  prompts,
+  *,
+  stops=STOPS,
+  ends=token_ends,
+  granularity="token",
+  rank=oracle.rank_by_value,
+  score=by_value,
 ):
   policy = chain.make_policy(
     CONFIG, chain.table_logits(VOCAB, follow, slope=0.5)
   )
   critic = chain.make_critic(CONFIG, values)
-  options = {**OPTIONS, "stops": stops, "prompt_length": 3, **options}
+  options = {
+    **OPTIONS,
+    "stops": stops,
+    "granularity": granularity,
+    "score": score,
+    "prompt_length": 3,
+  }
   out = search(policy, critic, prompts, KEY, CONFIG, **options)
   results = []
   for row, prompt in enumerate(prompts):
@@ -97,6 +115,8 @@ def compare(
       ends=ends,
       eos=EOS,
       beams=BEAMS,
+      granularity=granularity,
+      rank=rank,
       **LIMITS,
     )
     length = out.answers.lengths[row]
@@ -119,6 +139,46 @@ def test_search_matches_plain_python(deterministic):
   # Both kinds of ends were seen, and the limits were reached.
   assert 10 < sum(finished) < len(finished) - 3
   assert max(lengths) == LIMITS["max_new_tokens"] and min(lengths) <= 2
+
+
+def test_a_critic_of_step_level_is_read_between_steps(deterministic):
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11]]
+  results = []
+  for seed in range(12):
+    chain_of_seed = random_chain(seed)
+    results += compare(
+      deterministic, *chain_of_seed, prompts, granularity="step"
+    )
+  # Read at every token, other answers would have won.
+  tokens = []
+  for seed in range(12):
+    tokens += compare(deterministic, *random_chain(seed), prompts)
+  differ = [a.answer != b.answer for a, b in zip(results, tokens, strict=True)]
+  assert sum(differ) > 5
+
+
+def short_and_sure(candidates):
+  """A score of one's own; -inf excludes what is longer than eight tokens."""
+  score = candidates.values - 0.0913 * candidates.lengths.astype(jnp.float32)
+  score += jnp.where(candidates.finished, 0.2371, 0.0)
+  return jnp.where(candidates.lengths > 8, -jnp.inf, score)
+
+
+def test_a_score_of_ones_own_decides(deterministic):
+  def rank(value, length, finished):
+    if length > 8:
+      return -np.inf
+    return value - 0.0913 * length + 0.2371 * finished
+
+  prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11]]
+  for seed in range(6):
+    compare(
+      deterministic,
+      *random_chain(seed),
+      prompts,
+      rank=rank,
+      score=short_and_sure,
+    )
 
 
 # Pieces of delimiters, which complete across tokens and across cut steps.
@@ -211,6 +271,56 @@ def test_beam_finds_what_greedy_misses(fork):
   # First 9 steps of 2 tokens; then the two different texts, not 3 copies,
   # propose 3 steps of 2 tokens each.
   assert set(out.proposed.tolist()) == {9 * 2 + 2 * 3 * 2}
+
+
+def test_ranked_by_the_policy_alone_the_likelier_answer_wins(fork):
+  policy, _ = fork
+  out = step_beam_search(
+    policy, None, [[9]] * 6, KEY, CONFIG, score=by_logp, **OPTIONS
+  )
+  assert [a.tolist() for a in out.answers.answers()] == [[10, 1, 13]] * 6
+  np.testing.assert_allclose(out.scores, out.answers.logps.sum(axis=1))
+  assert np.isnan(out.values).all()
+  with pytest.raises(ValueError, match="critic: score=by_value expects"):
+    step_beam_search(policy, None, [[9]], KEY, CONFIG, **OPTIONS)
+
+
+def test_a_critic_of_response_level_is_refused(fork):
+  with pytest.raises(ValueError, match="granularity: .*'response'"):
+    step_beam_search(
+      *fork, [[9]], KEY, CONFIG, granularity="response", **OPTIONS
+    )
+
+
+def test_advance_is_one_step_of_the_search(fork):
+  policy, critic = fork
+  plan = Plan(
+    policy=policy,
+    critic=critic,
+    stops=STOPS,
+    key=KEY,
+    config=CONFIG,
+    critic_config=CONFIG,
+    beams=BEAMS,
+    eos_ids=(EOS,),
+    sampler=ANCESTRAL,
+    score=by_value,
+    granularity="token",
+    **LIMITS,
+  )
+  tokens = jnp.asarray([[9]] * 6, jnp.int32)
+  state = start_beams(plan, tokens, jnp.ones(6, jnp.int32))
+  assert state.active.all()
+  texts = []
+  for _ in range(3):
+    state = jax.jit(advance)(state, plan)
+    texts.append(state.prefix.tokens[0, : state.prefix.lengths[0]].tolist())
+  # The better of the two steps leads, its end follows, and then it has left.
+  assert texts[:2] == [[9, 11, 2], [9, 11, 2, 14, EOS]]
+  assert not state.active.any() and state.step == 3
+  out = step_beam_search(policy, critic, tokens, KEY, CONFIG, **OPTIONS)
+  np.testing.assert_array_equal(out.values, state.winners.values)
+  np.testing.assert_array_equal(out.proposed, state.proposed)
 
 
 def test_finished_answers_compete_by_value(deterministic):

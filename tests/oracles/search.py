@@ -5,6 +5,7 @@ value a table {token: V of a text that ends with it}. Nothing is drawn: the
 j-th proposal of a beam takes the j-th way at every fork.
 """
 
+import math
 from typing import NamedTuple
 
 
@@ -31,9 +32,22 @@ def propose(prompt, text, way, *, follow, ends, eos, max_step_tokens, room):
   return tuple(step)
 
 
-def value_of(text, *, value, eos):
-  """A finished text is read before its end-of-sequence."""
-  return value[text[-2] if text[-1] == eos else text[-1]]
+def value_of(text, before, ended, *, value, eos, granularity):
+  """Returns V of a text that grew by a step.
+
+  A finished text is read before its end-of-sequence. At step level a step that
+  was cut is read where it began: `before` is V there.
+  """
+  if text[-1] == eos:
+    return value[text[-2]]
+  if granularity == "step" and not ended:
+    return before
+  return value[text[-1]]
+
+
+def rank_by_value(score, length, finished):
+  del length, finished
+  return score
 
 
 def step_beam_search(
@@ -47,22 +61,31 @@ def step_beam_search(
   max_steps,
   max_step_tokens,
   max_new_tokens,
+  granularity="token",
+  rank=rank_by_value,
 ):
   """Returns the winner and the number of tokens proposed.
 
   `ends` says of the tokens of an answer whether the last one ends a step.
   """
-  live, gone, proposed = [tuple(prompt)], [], 0
+  prompt = tuple(prompt)
+  # A beam is a text with its value.
+  live, gone, proposed = [(prompt, value[prompt[-1]])], [], 0
+
+  def key(entry):
+    text, score = entry
+    return rank(score, len(text) - len(prompt), text[-1] == eos)
+
   copies = beams  # the prompt stands in the beam B times at first
   for _ in range(max_steps):
     if not live:
       break
     candidates = {}
-    for text in live:
+    for text, before in live:
       room = max_new_tokens - (len(text) - len(prompt))
       for way in range(beams):
         step = propose(
-          tuple(prompt),
+          prompt,
           text,
           way,
           follow=follow,
@@ -73,17 +96,28 @@ def step_beam_search(
         )
         proposed += len(step) * copies
         grown = text + step
-        candidates[grown] = value_of(grown, value=value, eos=eos)
+        candidates[grown] = value_of(
+          grown,
+          before,
+          ends(grown[len(prompt) :]),
+          value=value,
+          eos=eos,
+          granularity=granularity,
+        )
     copies = 1
-    best = sorted(candidates, key=candidates.get, reverse=True)[:beams]
+    ranked = sorted(candidates.items(), key=key, reverse=True)
+    best = [entry for entry in ranked if key(entry) > -math.inf][:beams]
     live = []
-    for text in best:
+    for text, score in best:
       finished = text[-1] == eos
       full = len(text) - len(prompt) == max_new_tokens
       if finished or full:
-        gone.append((text, candidates[text], finished))
+        gone.append((text, score))
       else:
-        live.append(text)
-  gone += [(text, value_of(text, value=value, eos=eos), False) for text in live]
-  text, score, finished = max(gone, key=lambda entry: (entry[2], entry[1]))
-  return Result(Answer(text[len(prompt) :], score, finished), proposed)
+        live.append((text, score))
+  text, score = max(
+    gone + live or [(prompt, value[prompt[-1]])],
+    key=lambda entry: (entry[0][-1] == eos, key(entry)),
+  )
+  answer = Answer(text[len(prompt) :], score, text[-1] == eos)
+  return Result(answer, proposed)
