@@ -45,9 +45,9 @@ def wilson_interval(
   """Wilson score interval of a success rate.
 
   Args:
-    correct: Successes, 0 <= correct <= total.
-    total: Trials, at least 1.
-    confidence: Coverage in (0, 1).
+    correct: successes, 0 <= correct <= total.
+    total: trials, at least 1.
+    confidence: coverage in (0, 1).
 
   Returns:
     (low, high), inside [0, 1] and sensible at 0 and at 100% too.
@@ -122,7 +122,7 @@ def paired_test(
   Args:
     first: bool[n] (or 0/1), one grade a problem.
     second: bool[n], the same problems in the same order.
-    confidence: Coverage of the interval of the difference.
+    confidence: coverage of the interval of the difference.
 
   Returns:
     `PairedTest`; the p-value is 1 when the methods solve the same problems.
@@ -156,7 +156,7 @@ def spread(samples: np.ndarray, *, confidence: float = 0.95) -> Spread:
 
   Args:
     samples: f[n], one figure a seed, n >= 1.
-    confidence: Coverage of the interval of the mean.
+    confidence: coverage of the interval of the mean.
 
   Returns:
     `Spread`; the deviation and the interval are nan for one seed.

@@ -60,7 +60,7 @@ def analyse(
     reward_offset: offset with which the value was trained.
 
   Returns:
-    The `values` part of results.json.
+    What stands under `values` in results.json.
   """
   labels = rewards > 0.5
   columns = np.rint(states[:, None] * TENTHS[None]).astype(int)

@@ -38,7 +38,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
   """Writes `report.html` of a run.
 
   Args:
-    workdir: Work directory with `results.json`.
+    workdir: work directory with `results.json`.
 
   Returns:
     Path of the report, which is replaced whole or not at all.

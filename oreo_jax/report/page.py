@@ -63,9 +63,9 @@ def render(
   """The page.
 
   Args:
-    results: As `read_results` returns them.
-    stages: Rows of metrics by stage.
-    config: Text of the resolved configuration, or None.
+    results: as `read_results` returns them.
+    stages: rows of metrics by stage.
+    config: text of the resolved configuration, or None.
 
   Returns:
     HTML with everything in it.
@@ -112,6 +112,7 @@ def render(
     score_rows=score_rows(scores) if scores else [],
     example=example,
     example_plot=_example_plot(example) if example else "",
+    meter=_meter(example) if example else None,
     timings=timings,
     config=config,
     absent=[name for name, shown in sections.items() if not shown],
@@ -267,8 +268,19 @@ def _value_plots(values: Values) -> dict[str, Any]:
 
 
 def _example_plot(example: Example) -> Markup:
+  """Empty for an answer that ended before its first token."""
   steps = [step["value"] for step in example["steps"]]
-  return Markup(plots.values_by_step(steps, example["reward"]))
+  return Markup(plots.values_by_step(steps, example["reward"]) if steps else "")
+
+
+def _meter(example: Example) -> Callable[[float], float]:
+  """Returns a function that says where a value lies, in percent.
+
+  The scale reaches over all values of the example, and from 0 to 1 at least.
+  """
+  values = [step["value"] for step in example["steps"]]
+  low, high = min([0.0, *values]), max([1.0, *values])
+  return lambda value: 100 * (value - low) / (high - low)
 
 
 def _signed(number: float) -> str:

@@ -111,15 +111,15 @@ def curve(stage: str, name: str, steps: np.ndarray, numbers: np.ndarray) -> str:
   finite = np.isfinite(numbers)
   steps, numbers = steps[finite], numbers[finite]
   window = max(1, numbers.size // 25)
-  keep = slice(None, None, math.ceil(numbers.size / 300))
+  drawn = slice(None, None, math.ceil(numbers.size / 300))
   smooth = _running_mean(numbers, window)
   with matplotlib.rc_context(STYLE):
     figure, axes = panel(2.7, 1.9)
     if window > 1:
       axes.plot(
-        steps[keep], numbers[keep], color=COLOURS["blue"], lw=0.9, alpha=0.35
+        steps[drawn], numbers[drawn], color=COLOURS["blue"], lw=0.9, alpha=0.35
       )
-    axes.plot(steps[keep], smooth[keep], color=COLOURS["blue"])
+    axes.plot(steps[drawn], smooth[drawn], color=COLOURS["blue"])
     axes.set_title(name, loc="left", color=COLOURS["ink"], fontsize=9.5)
     axes.set_xlabel("step")
     # A first row that is far off would press the rest into a flat line.

@@ -43,7 +43,7 @@ def format_table(results: Evaluation) -> str:
   """The accuracy table for the terminal.
 
   Args:
-    results: As `read_results` returns them.
+    results: as `read_results` returns them.
 
   Returns:
     Aligned plain text, a line a method under a header, no trailing line break.

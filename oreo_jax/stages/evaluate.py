@@ -236,17 +236,20 @@ def _judge_values(
   first = int(mixed[0])
   wrong = np.flatnonzero(table[first] == 0) + first * settings.value_samples
   row = int(wrong[np.argmax(states[wrong])])
+  # A value and an advantage learn scaled rewards; the page shows them in units
+  # of the reward beside it.
+  scale, offset = config.train.reward_scale, config.train.reward_offset
   example = worked_example(
     policy,
     workspace.start_policy(),
     few.problems[first],
     generation.answers()[row],
-    along[row],
+    (along[row] - offset) / scale,
     float(answers.rewards[row]),
     workspace.codec,
     config.model,
     workspace.mesh,
-    beta=config.train.beta,
+    beta=config.train.beta / scale,
   )
   return {"values": analysis, "example": example}
 

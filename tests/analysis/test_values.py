@@ -11,16 +11,16 @@ def test_auc_within_a_problem_is_not_the_pooled_one():
   # Within each problem the wrong answer has the higher value.
   scores = np.array([0.8, 0.8, 0.8, 0.9, 0.1, 0.2, 0.2, 0.2])
   labels = np.array([1, 1, 1, 0, 1, 0, 0, 0], bool)
-  found = value_aucs(scores, labels, list("aaaabbbb"))
-  assert found["heldout/within_problem_auc"] == 0.0
+  aucs = value_aucs(scores, labels, list("aaaabbbb"))
+  assert aucs["heldout/within_problem_auc"] == 0.0
   # 16 pairs: 3 right ones of a beat the 3 of b; no other right one wins.
-  assert found["heldout/pooled_auc"] == pytest.approx(9 / 16)
+  assert aucs["heldout/pooled_auc"] == pytest.approx(9 / 16)
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_auc_of_one_class_is_not_a_number(label):
-  found = value_aucs(np.arange(3.0), np.full(3, label), list("aab"))
-  assert np.isnan(list(found.values())).all() and len(found) == 2
+  aucs = value_aucs(np.arange(3.0), np.full(3, label), list("aab"))
+  assert np.isnan(list(aucs.values())).all() and len(aucs) == 2
 
 
 def test_analysis_reads_tenths_and_the_last_state_that_counts():
@@ -29,15 +29,15 @@ def test_analysis_reads_tenths_and_the_last_state_that_counts():
   for row, last in enumerate(states):
     along[row, : last + 1] = np.linspace(0, 1 if row % 2 else 0.5, last + 1)
   rewards = np.array([0.0, 1.0, 0.0, 1.0])
-  found = analyse(along, states, rewards, list("aabb"))
-  np.testing.assert_allclose(found["mean_correct"], np.arange(1, 11) / 10)
-  np.testing.assert_allclose(found["mean_wrong"], np.arange(1, 11) / 20)
-  assert found["within_problem_auc"] == [1.0] * 10
-  assert found["pooled_auc"] == [1.0] * 10
+  analysis = analyse(along, states, rewards, list("aabb"))
+  np.testing.assert_allclose(analysis["mean_correct"], np.arange(1, 11) / 10)
+  np.testing.assert_allclose(analysis["mean_wrong"], np.arange(1, 11) / 20)
+  assert analysis["within_problem_auc"] == [1.0] * 10
+  assert analysis["pooled_auc"] == [1.0] * 10
   for kind in ("correct", "wrong"):
-    counts = found["histogram"][kind]
+    counts = analysis["histogram"][kind]
     assert [sum(column) for column in counts] == [2] * 10
-  assert sum(found["calibration"]["count"]) == 4
+  assert sum(analysis["calibration"]["count"]) == 4
 
 
 def test_analysis_undoes_the_scale_of_the_rewards():

@@ -250,22 +250,41 @@ def test_report_escapes_what_it_shows(page):
 
 
 @pytest.mark.parametrize(
-  ("part", "said"),
+  ("section", "said"),
   [
     ("example", "search at several budgets, training curves, the value, time"),
     ("timings", "curves, the value, a worked example, the configuration"),
   ],
 )
-def test_parts_come_one_by_one(part, said):
+def test_sections_come_one_by_one(section, said):
   results = make_results()
   results = {
     **{key: results[key] for key in ("task", "seed", "problems")},
     "methods": results["methods"][:1],
-    part: results[part],
+    section: results[section],
   }
   page = report.render(results, stages={}, config=None)
   assert len(Outline(page).headings) == 2
   assert said in page
+
+
+def test_example_of_an_answer_that_ended_at_once():
+  results = make_results()
+  results["example"]["steps"] = []
+  page = report.render(results, stages={}, config=None)
+  assert "The answer ended before its first token." in page
+  assert "One answer, step by step" in Outline(page).headings
+
+
+def test_meters_reach_over_the_values_of_the_example():
+  results = make_results()
+  for step, value in zip(results["example"]["steps"], (-4, 6), strict=False):
+    step["value"] = value
+  page = report.render(results, stages={}, config=None)
+  shares = re.findall(r"--share:([\d.]+)%", page)
+  # From -4 to 6; values outside [0, 1] all had an empty or a full meter.
+  assert shares[:2] == ["0.0", "100.0"]
+  assert shares[2] == f"{10 * (4 + 0.41):.1f}"
 
 
 def test_report_of_the_least_run(tmp_path):
