@@ -169,7 +169,7 @@ def shardings_of(axes: Any, shapes: Any, mesh: Mesh) -> Any:
   )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """Returns the sharding of an array every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 

@@ -9,7 +9,7 @@ from one into another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,19 +19,24 @@ from oreo_jax.data.tokens import Tokenized
 # full rows, while which sequences meet in a row stays random.
 WINDOW = 512
 
+Array = TypeVar("Array")
 
-class Batch(NamedTuple):
-  """Rows of packed sequences, aligned on the predicted token, shape [B, T]."""
 
-  tokens: np.ndarray  # i32: inputs x[0..L-2] of every sequence of the row
-  targets: np.ndarray  # i32: x[1..L-1], the token predicted at that index
-  positions: np.ndarray  # i32: 0, 1, .. within each sequence
-  segment_ids: np.ndarray  # i32: 0 padding, k>0 the k-th sequence of the row
-  action_mask: np.ndarray  # bool: the target was produced by the policy
-  decision_mask: np.ndarray  # bool: an action starts at the target
-  rewards: np.ndarray  # f32: reward a token; terminal on the last action
+class Batch(NamedTuple, Generic[Array]):
+  """Rows of packed sequences, aligned on the predicted token, shape [B, T].
+
+  The arrays are NumPy's where rows are packed, and JAX's inside a step.
+  """
+
+  tokens: Array  # i32: inputs x[0..L-2] of every sequence of the row
+  targets: Array  # i32: x[1..L-1], the token predicted at that index
+  positions: Array  # i32: 0, 1, .. within each sequence
+  segment_ids: Array  # i32: 0 padding, k>0 the k-th sequence of the row
+  action_mask: Array  # bool: the target was produced by the policy
+  decision_mask: Array  # bool: an action starts at the target
+  rewards: Array  # f32: reward a token; terminal on the last action
   # More arrays of the targets by name, zero in the padding.
-  extras: dict[str, np.ndarray] = {}
+  extras: dict[str, Array] = {}
 
 
 class RowPlan(NamedTuple):

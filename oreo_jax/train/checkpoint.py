@@ -61,7 +61,10 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    contents = {"record": record or {}, "arrays": array_digests(tree)}
+    contents: dict[str, Any] = {
+      "record": record or {},
+      "arrays": array_digests(tree),
+    }
     contents["digest"] = _digest_of(contents)
     args = ocp.args.Composite(
       tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(contents)

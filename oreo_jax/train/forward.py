@@ -1,7 +1,7 @@
 """What the networks of a stage say of a batch."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -14,11 +14,42 @@ from oreo_jax.train.setup import Setup
 
 
 class Forward(NamedTuple):
-  """What the networks say of a batch; all [B, T], f32."""
+  """What the networks say of a batch; all [B, T], f32.
+
+  Losses read the properties, which say what an objective has to declare where
+  a network was not run.
+  """
 
   tokens: losses.TokenLogprobs | None  # None where the policy is not trained
-  values: jax.Array | None
-  target_logps: jax.Array | None  # of the averaged policy
+  values: jax.Array | None  # None without a value network
+  target_logps: jax.Array | None  # of the averaged policy, if there is one
+
+  @property
+  def policy(self) -> losses.TokenLogprobs:
+    """What the policy says."""
+    return _declared(self.tokens, "policy", "trains")
+
+  @property
+  def ref_logps(self) -> jax.Array:
+    """Log-probabilities under the reference."""
+    return _declared(self.policy.ref_logps, "reference", "reads")
+
+  @property
+  def critic(self) -> jax.Array:
+    """The values of the states before the tokens."""
+    return _declared(self.values, "critic", "trains")
+
+
+Output = TypeVar("Output")
+
+
+def _declared(output: Output | None, role: str, field: str) -> Output:
+  if output is None:
+    raise ValueError(
+      f"the loss reads what the {role} says, which was not run: add {role!r} "
+      f"to `{field}` of its Objective"
+    )
+  return output
 
 
 def forward(
@@ -67,6 +98,8 @@ def forward(
   if "policy" in networks:
     reference: dict[str, Any] = {}
     if "reference" in configs:
+      if ref is None:
+        raise ValueError("ref: the objective reads a reference, got None")
       reference["ref_hidden"] = hidden(ref, configs["reference"])
       reference["ref_head"] = models.head_matrix(ref, configs["reference"])
       if setup.train.kl != "k3":
@@ -79,7 +112,9 @@ def forward(
     critic = networks["critic"]
     # A head on the policy's trunk reads what the policy has computed already.
     shared = ROLES["critic"].trunk(setup) == "policy"
-    trunk = policy_hidden if shared else hidden(critic, configs["critic"])
+    trunk = policy_hidden if shared else None
+    if trunk is None:
+      trunk = hidden(critic, configs["critic"])
     values = models.values(critic, trunk)
 
   target_logps = None

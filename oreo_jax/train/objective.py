@@ -173,18 +173,18 @@ class Objective:
       return config
     data, stage = config.data, self.stage(config)
     batch_size = max(stage.batch_size // size, 1)
-    return dataclasses.replace(
+    fitted = dataclasses.replace(
       config,
       data=dataclasses.replace(
         data,
         row_length=size * data.row_length,
         max_length=data.max_length or data.row_length + 1,
       ),
-      **{
-        self.section: dataclasses.replace(
-          stage,
-          batch_size=batch_size,
-          grad_accum=math.gcd(batch_size, stage.grad_accum),
-        )
-      },
     )
+    stage = dataclasses.replace(
+      stage,
+      batch_size=batch_size,
+      grad_accum=math.gcd(batch_size, stage.grad_accum),
+    )
+    setattr(fitted, self.section, stage)
+    return fitted

@@ -245,6 +245,10 @@ def full_params(
     weights, trunk = params[role.name], role.trunk(setup)
     if trunk:
       beneath = base if trunk == BASE else full[trunk]
+      if beneath is None:
+        raise ValueError(
+          f"base: the {role.name} stands on the frozen base, got None"
+        )
       weights = models.join_adapters(beneath, weights)
     full[role.name] = weights
   return full

@@ -73,7 +73,7 @@ def state_shardings(setup: Setup, state: TrainState, mesh: Mesh) -> TrainState:
 
   Moments lie as their weights do; counters are on every device.
   """
-  everywhere = replicated(mesh)
+  everywhere: Any = replicated(mesh)
 
   def sharding_of(name: str, tree: Any) -> Any:
     role = ROLES[name]

@@ -252,9 +252,7 @@ def expected_kto(*, beta=BETA, **options):
 def expected_sft(*, on_prompts=False):
   arrays, segment_ids = arrays_of("sft")
   mask = segment_ids > 0 if on_prompts else arrays[4]
-  return supervised_oracle.sft_loss(
-    arrays[0], mask, segment_ids, token_mean=True
-  )
+  return supervised_oracle.sft_loss(arrays[0], mask, segment_ids)
 
 
 def averaged_logps():

@@ -169,3 +169,43 @@ def test_each_network_has_its_own_architecture():
   shared = full_configs(make("oreo", lora=True, critic="shared"))
   assert shared["critic"] == shared["policy"]
   assert full_configs(make("value", lora=True))["critic"] == tiny.MODEL
+
+
+@pytest.mark.parametrize(
+  "changes, advice",
+  [
+    ({"reads": ()}, "add 'reference' to `reads`"),
+    ({"trains": ("policy",)}, "add 'critic' to `trains`"),
+    ({"trains": ("critic",)}, "add 'policy' to `trains`"),
+  ],
+)
+def test_a_loss_that_reads_an_undeclared_role_says_what_to_declare(
+  changes, advice
+):
+  objective = dataclasses.replace(OBJECTIVES["oreo"], **changes)
+  setup = dataclasses.replace(make("oreo"), objective=objective)
+
+  def loss(base):
+    state = init_state(jax.random.key(0), setup, base)
+    rows, totals = objective.prepare(state.params, base, batch(), setup)
+    out = forward(state.params, state.averages, base, rows, setup)
+    return objective.loss(state.params, out, rows, totals, setup)
+
+  with pytest.raises(ValueError, match=advice):
+    jax.eval_shape(loss, tiny.draw_params())
+
+
+def test_a_base_that_is_needed_must_be_given():
+  setup = make("oreo", critic="lora")
+  state = init_state(jax.random.key(0), setup, tiny.draw_params())
+  with pytest.raises(ValueError, match="critic stands on the frozen base"):
+    full_params(state.params, None, setup)
+  plain = make("oreo")
+  with pytest.raises(ValueError, match="reads a reference"):
+    forward(
+      state.params | {"critic": tiny.draw_params(head="value")},
+      None,
+      None,
+      batch(),
+      plain,
+    )

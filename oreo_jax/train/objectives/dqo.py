@@ -23,15 +23,15 @@ def dqo_loss(
   del params
   t = setup.train
   loss = losses.dqo_loss(
-    out.tokens.logps,
-    out.tokens.ref_logps,
-    out.values,
+    out.policy.logps,
+    out.ref_logps,
+    out.critic,
     rows.rewards,
     rows.action_mask,
     rows.decision_mask,
     **soft_bellman_options(rows, totals, t),
     lambda_=t.dqo_lambda,
-    kl=None if t.kl == "k3" else out.tokens.kl,
+    kl=None if t.kl == "k3" else out.policy.kl,
     alpha=t.alpha,
   )
   return loss.total, loss.metrics

@@ -39,10 +39,10 @@ def kto_loss(
   """Answers of reward above one half are desirable."""
   del params
   t = setup.train
-  policy = sum_answers(out.tokens.logps, rows, setup)
+  policy = sum_answers(out.policy.logps, rows, setup)
   loss = losses.kto_loss(
     policy.logps,
-    sum_answers(out.tokens.ref_logps, rows, setup).logps,
+    sum_answers(out.ref_logps, rows, setup).logps,
     sum_answers(rows.rewards, rows, setup).logps > 0.5,
     totals.z0,
     beta=t.beta,
@@ -65,10 +65,10 @@ def prepare_reference_point(
 
   def sides(micro: Batch) -> tuple[losses.SequenceLogps, losses.SequenceLogps]:
     micro = jax.tree.map(constrain_batch, micro)
-    tokens = forward(params, None, ref, micro, setup).tokens
+    out = forward(params, None, ref, micro, setup)
     return (
-      sum_answers(tokens.logps, micro, setup),
-      sum_answers(tokens.ref_logps, micro, setup),
+      sum_answers(out.policy.logps, micro, setup),
+      sum_answers(out.ref_logps, micro, setup),
     )
 
   micro = micro_batches(batch.mismatched, setup.stage.grad_accum)

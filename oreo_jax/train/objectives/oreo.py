@@ -27,14 +27,14 @@ def oreo_loss(
   t = setup.train
   log_alpha = params.get("log_alpha")
   loss = losses.oreo_loss(
-    out.tokens.logps,
-    out.tokens.ref_logps,
-    out.values,
+    out.policy.logps,
+    out.ref_logps,
+    out.critic,
     rows.rewards,
     rows.action_mask,
     rows.decision_mask,
     **soft_bellman_options(rows, totals, t),
-    kl=None if t.kl == "k3" else out.tokens.kl,
+    kl=None if t.kl == "k3" else out.policy.kl,
     alpha=t.alpha if log_alpha is None else jnp.exp(log_alpha),
     clip_log=t.clip_log or None,
     target_logps=out.target_logps,
@@ -51,11 +51,11 @@ def value_loss(
 ) -> tuple[jax.Array, Metrics]:
   """The value loss of a policy that is the reference: D_t is 0."""
   del params
-  zeros = jnp.zeros_like(out.values)
+  zeros = jnp.zeros_like(out.critic)
   loss = losses.oreo_loss(
     zeros,
     zeros,
-    out.values,
+    out.critic,
     rows.rewards,
     rows.action_mask,
     rows.decision_mask,

@@ -34,8 +34,8 @@ def dpo_loss(
   """
   del params
   t = setup.train
-  policy = sum_answers(out.tokens.logps, rows, setup)
-  reference = sum_answers(out.tokens.ref_logps, rows, setup)
+  policy = sum_answers(out.policy.logps, rows, setup)
+  reference = sum_answers(out.ref_logps, rows, setup)
   chosen, rejected = losses.split_pairs(policy.logps)
   ref_chosen, ref_rejected = losses.split_pairs(reference.logps)
   loss = losses.dpo_loss(

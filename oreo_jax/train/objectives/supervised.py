@@ -26,7 +26,7 @@ def negative_log_likelihood(
   """Mean negative log-likelihood of the response tokens."""
   del params, setup
   loss = losses.sft_loss(
-    out.tokens.logps,
+    out.policy.logps,
     rows.action_mask,
     segment_ids=rows.segment_ids,
     action_count=totals.actions,
