@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import tiny
+from oracles import processes, tiny
 
 from oreo_jax import models
 from oreo_jax.sharding import shardings_of
@@ -263,3 +263,46 @@ def test_a_process_killed_at_the_rename_leaves_the_older_one(tmp_path):
     shapes = {"a": jax.ShapeDtypeStruct((6,), jnp.float32)}
     restored = checkpoints.restore(shapes)
   np.testing.assert_array_equal(restored["a"], np.arange(6.0))
+
+
+_SHARED = """
+import jax.numpy as jnp
+import numpy as np
+from oreo_jax.config import MeshConfig
+from oreo_jax.sharding import batch_sharding, make_mesh
+from oreo_jax.train.checkpoint import Checkpoints
+
+sharding = batch_sharding(make_mesh(MeshConfig()))
+rows = jax.make_array_from_callback(
+  (4, 4096), sharding,
+  lambda place: np.random.default_rng(0).integers(
+    2**32, size=(4, 4096), dtype=np.uint32)[place],
+)
+tree = {"rows": rows}
+with Checkpoints(sys.argv[4]) as checkpoints:
+  if checkpoints.latest_step() is None:
+    checkpoints.save(1, tree)
+    more = jax.jit(lambda x: x + jnp.uint32(1))(rows)
+    checkpoints.save(2, {"rows": more})
+  else:
+    shape = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
+    restored = checkpoints.restore({"rows": shape})
+    same = jax.jit(lambda a, b: (a == b).all())(restored["rows"], rows)
+    print("step", checkpoints.latest_step(), bool(same))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["values", "lists", "record"])
+def test_processes_pass_over_a_damaged_checkpoint_together(tmp_path, where):
+  processes.run(_SHARED, tmp_path, processes=2, devices=2)
+  path = {
+    # Each process writes its shards: one of them alone reads the bad one.
+    "values": largest(tmp_path / "2" / "tree"),
+    "lists": largest(tmp_path / "2" / "tree" / "d"),
+    "record": tmp_path / "2" / "record" / "metadata",
+  }[where]
+  flip_middle_bit(path)
+  for output in processes.run(_SHARED, tmp_path, processes=2, devices=2):
+    assert "step 1 True" in output
+  assert (tmp_path / "2.damaged").exists()
