@@ -41,16 +41,15 @@ class MetricsWriter:
     """Opens the files.
 
     Args:
-      directory: Folder of the stage; made if missing.
-      resume_step: Steps already done: rows with a greater step are dropped.
+      directory: the stage's folder; made if missing.
+      resume_step: steps already done: rows with a greater step are dropped.
         None starts afresh.
-      tensorboard: Also write TensorBoard event files into `directory`.
-      wandb: Arguments of `wandb.init` ({"project": ...}); None for none.
-      enabled: False makes every method do nothing: give
-        `jax.process_index() == 0`.
+      tensorboard: whether to write TensorBoard event files too.
+      wandb: arguments of `wandb.init` ({"project": ...}); None for none.
+      enabled: whether to write at all; give `hosts.is_chief()`.
 
     Raises:
-      ValueError: If wandb is asked for and not installed.
+      ValueError: if wandb is asked for and not installed.
     """
     self._file: TextIO | None = None
     self._events: Any = None
@@ -77,12 +76,12 @@ class MetricsWriter:
     """Writes one row.
 
     Args:
-      step: Steps done.
-      metrics: Scalars (Python, NumPy or JAX) by name; a name with a slash
+      step: number of steps done.
+      metrics: scalars (Python, NumPy or JAX) by name; a name with a slash
         ("loss/value") groups in TensorBoard.
 
     Raises:
-      ValueError: For a metric that is not a scalar, or called "step".
+      ValueError: for a metric that is not a scalar, or called "step".
     """
     if self._file is None:
       return
@@ -123,13 +122,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
   out; a broken line anywhere else is an error.
 
   Args:
-    path: A `metrics.jsonl`.
+    path: a `metrics.jsonl`.
 
   Returns:
     The rows in file order, each with an int under "step".
 
   Raises:
-    ValueError: With file and line, if a row is not one.
+    ValueError: if a row is not one, with file and line.
   """
   rows = []
   lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -166,19 +165,19 @@ def _scalar(name: str, metric: Any) -> float:
 
 
 def _truncate(path: Path, resume_step: int | None) -> None:
-  """Keeps the rows up to `resume_step`; the file is whole at all times."""
+  """Drops the rows after `resume_step`; without one, all of them."""
   if not path.exists():
     return
-  kept = []
+  lines: list[str] = []
   if resume_step is not None:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = read_metrics(path)
-    kept = [
-      line
-      for line, row in zip(lines, rows, strict=False)
-      if row["step"] <= resume_step
-    ]
-  files.write_text(path, "".join(f"{x}\n" for x in kept))
+    # `read_metrics` leaves out a torn last line, and zip with it.
+    pairs = zip(
+      path.read_text(encoding="utf-8").split("\n"),
+      read_metrics(path),
+      strict=False,
+    )
+    lines = [line for line, row in pairs if row["step"] <= resume_step]
+  files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _start_wandb(directory: Path, options: Mapping[str, Any]) -> Any:

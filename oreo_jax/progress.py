@@ -34,14 +34,14 @@ class Progress:
     """Starts the clock.
 
     Args:
-      total: Units of work in all.
-      description: What is being done, a word or two.
-      unit: Name of one unit of work, singular.
-      initial: Units done before (a resumed run); they do not count in the rate.
-      interval_s: Least seconds between two plain lines.
-      enabled: False shows nothing: give `jax.process_index() == 0`.
-      stream: Where to; standard error by default.
-      clock: Seconds that only rise.
+      total: units of work in all.
+      description: what is being done, a word or two.
+      unit: name of one unit of work, singular.
+      initial: units done before (a resumed run); they do not count in the rate.
+      interval_s: least seconds between two plain lines.
+      enabled: whether to show anything; give `hosts.is_chief()`.
+      stream: where to; standard error by default.
+      clock: seconds that only rise.
     """
     self.total = total
     self.done = initial

@@ -9,6 +9,8 @@ On several processes each loads the rows that its devices hold, and no others:
 `process_rows` says which, `shard_batch` joins them to the global batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,7 +159,9 @@ def shardings_of(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     mesh: the device mesh.
   """
 
-  def sharding_of(axes_of_leaf: tuple[str | None, ...], leaf: Any):
+  def sharding_of(
+    axes_of_leaf: tuple[str | None, ...], leaf: Any
+  ) -> NamedSharding:
     mesh_axes = [
       axis if axis and dim % mesh.shape[axis] == 0 else None
       for axis, dim in zip(spec_of(axes_of_leaf), leaf.shape, strict=True)
@@ -180,7 +184,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-  """Returns into how many parts the mesh splits the batch."""
+  """Returns how many shards the mesh splits a batch into."""
   return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 

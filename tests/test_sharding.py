@@ -73,9 +73,9 @@ def test_weights_are_really_split():
   params = tiny.place(tiny.draw_params(), tiny.MODEL, mesh)
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     shard = leaf.addressable_shards[0].data
-    parts = 1 if path[-1].key == "scale" else 4
+    shards = 1 if path[-1].key == "scale" else 4
     # One key/value head a shard, every matrix over fsdp and tensor.
-    assert shard.size * parts == leaf.size, path
+    assert shard.size * shards == leaf.size, path
   assert models.count_params(params) > 1000
 
 

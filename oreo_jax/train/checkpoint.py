@@ -9,6 +9,8 @@ of every array is saved too (see `digests`) and compared with what was
 restored; a checkpoint that does not match is never used.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import pathlib
@@ -193,7 +195,7 @@ class Checkpoints:
     """Waits for the writing to end."""
     self._manager.close()
 
-  def __enter__(self) -> "Checkpoints":
+  def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, *unused_error: object) -> None:

@@ -8,6 +8,8 @@ changes the digest, because the scrambling is one to one; more than one go
 unnoticed once in 2^64.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -5,6 +5,8 @@ by hand, by a pre-emption or by a crash, goes on from its last checkpoint as if
 nothing had happened.
 """
 
+from __future__ import annotations
+
 import math
 import pathlib
 import signal
@@ -78,7 +80,7 @@ def fit(
   chief = hosts.is_chief()
 
   # --- State: fresh, or the newest checkpoint straight into its shards.
-  def fresh(base, critic):
+  def fresh(base: Params, critic: Params | None) -> TrainState:
     return init_state(jax.random.key(seed), setup, base, critic)
 
   abstract = jax.eval_shape(fresh, base, critic)
@@ -188,7 +190,7 @@ class _StopRequest:
     self._agreement = hosts.StopAgreement()
     self._previous: Callable | int | None = None
 
-  def __enter__(self) -> "_StopRequest":
+  def __enter__(self) -> _StopRequest:
     # Handlers can be set in the main thread only.
     if threading.current_thread() is threading.main_thread():
       self._previous = signal.signal(signal.SIGTERM, self._request)
