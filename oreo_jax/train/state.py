@@ -57,6 +57,12 @@ def init_state(
     if role.average_of:
       averages[role.name] = jax.tree.map(jnp.copy, params[role.average_of])
     elif role.name in given:
+      if role.trunk(setup):
+        raise ValueError(
+          f"{role.name}: a network to go on with needs weights of its own, "
+          f"not adapters or a head on {role.trunk(setup)!r}: set "
+          "--config.critic.kind=separate"
+        )
       params[role.name] = master_copy(given[role.name])
     elif role.name in trained:
       params[role.name] = first_weights(role, keys[role.name], setup, base)

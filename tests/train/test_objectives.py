@@ -32,12 +32,12 @@ def skip_long(trajectories):
 
 def trajectories(long_right=None, long_wrong=None):
   """A right and a wrong answer to each of four problems."""
-  found = []
+  answers = []
   for problem in range(4):
     for reward, long in ((1.0, long_right), (0.0, long_wrong)):
       text = "x" * (50 if problem == long else 3) + f"{problem}{reward:.0f}"
-      found.append(Trajectory.from_text(f"p{problem}", text, reward))
-  return found
+      answers.append(Trajectory.from_text(f"p{problem}", text, reward))
+  return answers
 
 
 def text_of(sequence):
@@ -69,10 +69,10 @@ def test_rejection_keeps_the_right_answers_and_oreo_all():
     for name in ("rejection", "oreo", "kto", "dqo")
   }
   assert sizes == {"rejection": 4, "oreo": 8, "kto": 8, "dqo": 8}
-  kept = OBJECTIVES["rejection"].sequences(
+  right = OBJECTIVES["rejection"].sequences(
     trajectories(), tokenize, TrainConfig()
   )
-  np.testing.assert_array_equal([s.rewards.sum() for s in kept], 1.0)
+  np.testing.assert_array_equal([s.rewards.sum() for s in right], 1.0)
 
 
 def dpo_config(**changes):

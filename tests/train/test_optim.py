@@ -25,11 +25,11 @@ def closed_form(step, *, schedule, warmup, final):
     # From peak / rising to the peak, in equal parts.
     first = PEAK / rising
     return first + (PEAK - first) * step / rising
-  part = min((step - rising) / (STEPS - rising), 1.0)
+  progress = min((step - rising) / (STEPS - rising), 1.0)
   if schedule == "cosine":
-    return PEAK * (final + (1 - final) * (1 + math.cos(math.pi * part)) / 2)
+    return PEAK * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
   if schedule == "linear":
-    return PEAK * (1 + (final - 1) * part)
+    return PEAK * (1 + (final - 1) * progress)
   return PEAK
 
 
@@ -38,16 +38,16 @@ def closed_form(step, *, schedule, warmup, final):
 def test_schedule_has_its_closed_form(schedule, warmup, final):
   stage = StageConfig(schedule=schedule, warmup=warmup, final_lr=final)
   rate = make_schedule(stage, PEAK, STEPS)
-  found = [float(rate(jnp.int32(step))) for step in range(STEPS + 1)]
+  rates = [float(rate(jnp.int32(step))) for step in range(STEPS + 1)]
   want = [
     closed_form(step, schedule=schedule, warmup=warmup, final=final)
     for step in range(STEPS + 1)
   ]
-  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
-  assert found[0] > 0
-  assert max(found) == pytest.approx(PEAK)
+  np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-7)
+  assert rates[0] > 0
+  assert max(rates) == pytest.approx(PEAK)
   if schedule != "constant":
-    assert found[-1] == pytest.approx(PEAK * final, abs=1e-7)
+    assert rates[-1] == pytest.approx(PEAK * final, abs=1e-7)
 
 
 def test_only_matrices_decay():
@@ -83,11 +83,11 @@ def test_the_value_head_can_have_a_rate_of_its_own():
 
   same = updates(config)
   config.value_head_lr = 0.02
-  found = updates(config)
+  own = updates(config)
   # Adam's first step has the size of the rate.
   np.testing.assert_allclose(same.pop("value_head"), -0.1, rtol=1e-5)
-  np.testing.assert_allclose(found.pop("value_head"), -0.02, rtol=1e-5)
-  jax.tree.map(np.testing.assert_array_equal, found, same)
+  np.testing.assert_allclose(own.pop("value_head"), -0.02, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, own, same)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -209,3 +209,14 @@ def test_a_base_that_is_needed_must_be_given():
       batch(),
       plain,
     )
+
+
+def test_a_critic_to_go_on_with_needs_weights_of_its_own():
+  critic = tiny.draw_params(head="value")
+  for kind in ("lora", "shared"):
+    with pytest.raises(ValueError, match="critic.kind=separate"):
+      init_state(
+        jax.random.key(0), make(critic=kind), tiny.draw_params(), critic
+      )
+  state = init_state(jax.random.key(0), make(), tiny.draw_params(), critic)
+  tiny.assert_trees_close(state.params["critic"], critic, rtol=0, atol=0)

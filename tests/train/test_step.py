@@ -195,10 +195,10 @@ def test_packing_changes_nothing():
   ]
   packed, plain = (x.segment_ids.max(axis=1) for x in batches)
   assert packed.max() > 1 and packed.min() == 0 and plain.max() == 1
-  found = [
+  runs = [
     run({"objective": "oreo"}, batches=[batch] * 2)[:2] for batch in batches
   ]
-  assert_same_run(*found)
+  assert_same_run(*runs)
 
 
 @pytest.mark.parametrize("objective", ["sft", slow("oreo")])
@@ -225,6 +225,29 @@ def test_state_is_donated_and_reference_is_not():
   tiny.assert_trees_close(ref, before, rtol=0, atol=0)
   # The base that the state was made from is not the donated one either.
   assert not any(x.is_deleted() for x in jax.tree.leaves(base()))
+
+
+def test_more_arrays_a_token_pass_through_micro_batches():
+  setup = make("kto", grad_accum=2)
+  batch = jax.tree.map(jnp.asarray, batch_of("kto"))
+  extras = {"behaviour_logps": jnp.zeros(batch.rows.tokens.shape)}
+  seen = []
+
+  def loss(params, out, rows, totals, setup):
+    seen.append({k: v.shape for k, v in rows.extras.items()})
+    return OBJECTIVES["kto"].loss(params, out, rows, totals, setup)
+
+  setup = dataclasses.replace(
+    setup, objective=dataclasses.replace(setup.objective, loss=loss)
+  )
+  state = jax.eval_shape(lambda p: init_state(KEY, setup, p), base())
+  batch = batch._replace(rows=batch.rows._replace(extras=extras))
+  jax.eval_shape(
+    functools.partial(train_step, setup=setup), state, base(), batch
+  )
+  assert seen and all(
+    shapes == {"behaviour_logps": (ROWS // 2, SLOTS)} for shapes in seen
+  )
 
 
 def test_step_is_traced_once(monkeypatch):
@@ -299,8 +322,8 @@ def test_schedules_end_with_the_stage():
   changes = {"schedule": "cosine", "critic_warmup": 0.25}
   setup = make("oreo", **changes)
   rates = [learning_rates(setup, jnp.int32(step)) for step in range(9)]
-  part = np.clip((np.arange(9) - 2) / 6, 0, 1)
-  want = np.where(np.arange(9) < 2, 0, 0.1 * (1 + np.cos(np.pi * part)) / 2)
+  progress = np.clip((np.arange(9) - 2) / 6, 0, 1)
+  want = np.where(np.arange(9) < 2, 0, 0.1 * (1 + np.cos(np.pi * progress)) / 2)
   np.testing.assert_allclose([r["lr/policy"] for r in rates], want, atol=1e-7)
   assert rates[0]["lr/critic"] == np.float32(0.1)
   assert rates[8]["lr/critic"] < 1e-7
