@@ -12,8 +12,9 @@ from oreo_jax import data, decode
 from oreo_jax.config import ConfigError
 from oreo_jax.data import construct
 from oreo_jax.rollout import answer_problems
+from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import Workspace, describe
+from oreo_jax.stages.workspace import Workspace
 
 
 def run(workspace: Workspace, say: Say) -> None:

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from oreo_jax import data, decode, files, report, scoring
+from oreo_jax import decode, files, report
 from oreo_jax.analysis import values
-from oreo_jax.analysis.auc import compare_scores
 from oreo_jax.analysis.results import (
   RESULTS_NAME,
   Evaluation,
@@ -31,13 +30,14 @@ from oreo_jax.config import Config, ConfigError
 from oreo_jax.models import Params
 from oreo_jax.rollout import methods
 from oreo_jax.rollout.example import worked_example
+from oreo_jax.stages.records import RECORD, changed_sources
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import RECORD, Workspace, changed_sources
+from oreo_jax.stages.trajectories import (
+  held_out_sequences,
+  judge_trajectories,
+)
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import OBJECTIVES
-
-# Scores of recorded trajectories; the others are compared with the first.
-VALUE, START = "value, last state", "value, before the answer"
-LENGTH, LOGP = "length, shorter first", "mean log-probability, base policy"
 
 
 def run(workspace: Workspace, say: Say) -> None:
@@ -257,133 +257,18 @@ def _judge_values(
 def _evaluate_trajectories(
   workspace: Workspace, path: pathlib.Path
 ) -> Evaluation:
-  """Judges the value on the recorded trajectories of held-out problems.
-
-  The value is compared with what costs nothing: the length of the answer and
-  its mean log-probability under the base policy.
-  """
-  config = workspace.config
-  objective = config.train.objective
-  if "critic" not in workspace.roles(objective):
-    raise ConfigError(
-      f"config.train.objective={objective!r} trains no value, and without a "
-      "task nothing else can be judged: set --config.train.objective=oreo or "
-      "value, or --config.task.name"
-    )
+  """Judges the value on the recorded trajectories of held-out problems."""
+  objective = workspace.config.train.objective
   granularity = _granularity(workspace, objective)
-  if granularity == "response":
-    raise ConfigError(
-      "a response-level value network was trained at the prompt alone, so it "
-      "cannot tell two answers to one problem apart: train with "
-      "--config.train.granularity=token or step"
-    )
-  _, held = data.split_by_problem(
-    workspace.trajectories(),
-    fraction=config.data.held_out,
-    seed=config.data.seed,
-  )
-  sequences = workspace.codec.tokenize(
-    held, granularity=granularity, on_error=config.data.on_error
-  )
-  rewards = np.array([s.rewards.sum() for s in sequences])
-  labels = rewards > 0.5
-  if labels.all() or not labels.any():
-    raise ConfigError(
-      f"of {len(labels)} held-out trajectories {labels.sum()} are right, so "
-      "that there is nothing to tell apart: raise --config.data.held_out"
-    )
+  sequences = held_out_sequences(workspace, objective, granularity)
   stage_run = workspace.begin(EVALUATE)
-  along, logps = score_trajectories(workspace, sequences, objective)
-  trained = [s.decision_mask[s.action_mask] for s in sequences]
-  latest = [
-    row[np.flatnonzero(at)[-1]] for row, at in zip(along, trained, strict=True)
-  ]
-  problems = [sequence.problem for sequence in sequences]
-  seed = config.evaluate.seed
-  results = {
-    "task": "trajectories",
-    "seed": config.seed,
-    "problems": len(set(problems)),
-    "methods": [],
-    "values": values.analyse(
-      _padded(along),
-      np.array([len(row) - 1 for row in along]),
-      rewards,
-      problems,
-      trained=_padded(trained).astype(bool),
-      seed=seed,
-      reward_scale=config.train.reward_scale,
-      reward_offset=config.train.reward_offset,
-    ),
-    "value_scores": compare_scores(
-      {
-        VALUE: np.array(latest),
-        START: _mean_by_problem([row[0] for row in along], problems),
-        LENGTH: np.array([-float(len(row)) for row in along]),
-        LOGP: np.array([row.mean() for row in logps]),
-      },
-      labels,
-      problems,
-      seed=seed,
-    ),
-    "timings": _timings(workspace, (objective,))
-    | {"evaluate": stage_run.seconds},
-  }
-  written = checked(results, Evaluation)
+  results = judge_trajectories(workspace, sequences, objective)
+  timings = _timings(workspace, (objective,)) | {"evaluate": stage_run.seconds}
+  written = checked(results | {"timings": timings}, Evaluation)
   if workspace.is_chief:
     files.write_json(path, written)
-  stage_run.done(trajectories=len(labels), problems=written["problems"])
+  stage_run.done(trajectories=len(sequences), problems=written["problems"])
   return written
-
-
-def score_trajectories(
-  workspace: Workspace, sequences: Sequence[data.Tokenized], objective: str
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Runs value network and base policy over trajectories.
-
-  Returns:
-    For every sequence f32[action tokens]: V of the state before each token,
-    and its log-probability under the policy that training started from.
-  """
-  train = workspace.config.train
-  critic, model = workspace.load_model(objective, "critic")
-  networks = {
-    "values": (scoring.value_network(model), critic),
-    "logps": (
-      scoring.policy_logps(model, train.loss_chunk),
-      workspace.start_policy(),
-    ),
-  }
-  scores = []
-  for name, (network, params) in networks.items():
-    scorer = scoring.Scorer(
-      sequences,
-      network,
-      workspace.mesh,
-      row_length=workspace.config.data.row_length,
-      batch_size=train.batch_size // train.grad_accum,
-      description=name,
-    )
-    scores.append([score[name] for score in scorer(params)])
-  return scores[0], scores[1]
-
-
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-  """Returns f32[R, longest]: ragged rows with zeros behind them."""
-  longest = max(len(row) for row in rows)
-  table = np.zeros((len(rows), longest), np.float32)
-  for line, row in zip(table, rows, strict=True):
-    line[: len(row)] = row
-  return table
-
-
-def _mean_by_problem(
-  scores: Sequence[float], problems: Sequence[str]
-) -> np.ndarray:
-  """Returns each problem's mean: what differs within it is rounding."""
-  _, group = np.unique(np.asarray(problems), return_inverse=True)
-  means = np.bincount(group, scores) / np.bincount(group)
-  return means[group]
 
 
 def _reads(workspace: Workspace) -> dict[str, pathlib.Path]:

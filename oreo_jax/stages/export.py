@@ -7,8 +7,9 @@ import shutil
 
 from oreo_jax import files, models
 from oreo_jax.config import ConfigError
+from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import Workspace, describe
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train.roles import ROLES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -141,8 +142,16 @@ def tokenize(
   workspace: Workspace,
   trajectories: Sequence[data.Trajectory],
   granularity: str = "token",
+  skipped: Counter[str] | None = None,
 ) -> list[data.Tokenized]:
-  """Tokenises trajectories as `config.data` says."""
+  """Tokenises trajectories as `config.data` says.
+
+  Args:
+    workspace: settings and codec.
+    trajectories: to tokenise.
+    granularity: what one action is.
+    skipped: takes the number of those that were left out, by kind.
+  """
   settings = workspace.config.data
   return workspace.codec.tokenize(
     trajectories,
@@ -150,6 +159,7 @@ def tokenize(
     max_length=settings.max_length or settings.row_length + 1,
     on_error=settings.on_error,
     on_long=settings.on_long,
+    skipped=skipped,
   )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from absl import logging
 
 from oreo_jax.config import ConfigError
 from oreo_jax.stages import fitting
+from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import Workspace, describe
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import OBJECTIVES
 
 
@@ -33,7 +36,8 @@ def fine_tune(workspace: Workspace) -> None:
       config.sft.examples or None
     )
   ]
-  sequences = fitting.tokenize(workspace, demonstrations)
+  skipped: Counter[str] = Counter()
+  sequences = fitting.tokenize(workspace, demonstrations, skipped=skipped)
   stage_run = workspace.begin(SFT)
   fitted = fitting.fit(
     workspace, OBJECTIVES["sft"], sequences, workspace.initial_policy()
@@ -41,7 +45,7 @@ def fine_tune(workspace: Workspace) -> None:
   stage_run.done(
     steps=fitted.steps,
     demonstrations=fitted.sequences,
-    too_long=len(demonstrations) - fitted.sequences + fitted.dropped,
+    left_out=dict(skipped) | {"longer than a row": fitted.dropped},
   )
   return None
 

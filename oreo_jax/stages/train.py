@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from absl import logging
 from oreo_jax import data
 from oreo_jax.config import Config, ConfigError
 from oreo_jax.stages import fitting
+from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import Workspace, describe
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import Objective, get_objective
 
 
@@ -36,7 +38,8 @@ def train_objective(workspace: Workspace) -> None:
   used, held = _split(workspace)
   granularity = workspace.config.train.granularity
   held_out = fitting.tokenize(workspace, held, granularity)
-  sequences = _sequences(workspace, objective, used)
+  skipped: Counter[str] = Counter()
+  sequences = _sequences(workspace, objective, used, skipped)
   if used and not sequences:
     right = sum(t.reward > 0.5 for t in used)
     raise ConfigError(
@@ -55,7 +58,7 @@ def train_objective(workspace: Workspace) -> None:
     trajectories=len(used),
     held_out=len(held),
     sequences=fitted.sequences,
-    too_long=fitted.dropped,
+    left_out=dict(skipped) | {"longer than a row": fitted.dropped},
     **({"held_out_values": fitted.held_out} if fitted.held_out else {}),
   )
   return None
@@ -112,12 +115,22 @@ def _sequences(
   workspace: Workspace,
   objective: Objective,
   trajectories: list[data.Trajectory],
+  skipped: Counter[str] | None = None,
 ) -> Sequence[Any]:
-  """Returns what the loader packs for an objective."""
+  """Returns what the loader packs for an objective.
+
+  Args:
+    workspace: settings and codec.
+    objective: makes its data of them.
+    trajectories: to train on.
+    skipped: takes the number of those that were left out, by kind.
+  """
   train = workspace.config.train
   return objective.sequences(
     trajectories,
-    lambda chosen: fitting.tokenize(workspace, chosen, train.granularity),
+    lambda chosen: fitting.tokenize(
+      workspace, chosen, train.granularity, skipped
+    ),
     train,
   )
 

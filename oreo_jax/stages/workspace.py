@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import logging
 from jax.sharding import Mesh
 
@@ -31,19 +28,30 @@ from oreo_jax.config import (
   Config,
   ConfigError,
   ModelConfig,
-  from_dict,
   save_config,
   to_dict,
 )
 from oreo_jax.models import Params
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
 from oreo_jax.rollout import Codec
-from oreo_jax.sharding import make_mesh, shardings_of
+from oreo_jax.sharding import make_mesh
+from oreo_jax.stages.records import (
+  BEGUN,
+  RECORD,
+  StageRun,
+  check_identity,
+  difference,
+  has_checkpoints,
+  plain,
+)
+from oreo_jax.stages.weights import (
+  load_model,
+  random_policy,
+  save_models,
+  saved_roles,
+)
 from oreo_jax.train import get_objective
-from oreo_jax.train.checkpoint import Checkpoints, abstract_like
-from oreo_jax.train.roles import ROLES
 
-RECORD, BEGUN = "record.json", "begun.json"
 TOKENIZER_SOURCE = "source.json"
 
 # Settings that change how a stage is run and recorded, not what comes out. The
@@ -188,7 +196,7 @@ class Workspace:
     """Returns the settings that choose the tokenizer."""
     config = self.given_config
     names = ("tokenizer", "tokenizer_path", "tokenizer_vocab")
-    return _plain(
+    return plain(
       {name: getattr(config.data, name) for name in names}
       | {"init": config.init, "task": config.task.name}
     )
@@ -198,7 +206,7 @@ class Workspace:
     source = saved / TOKENIZER_SOURCE
     if not source.exists():
       return
-    changed = _difference(files.read_json(source), self._tokenizer_source(), "")
+    changed = difference(files.read_json(source), self._tokenizer_source(), "")
     if changed:
       raise ConfigError(
         f"{saved} was made with other settings "
@@ -237,7 +245,7 @@ class Workspace:
   def settings_of(self, work: Work) -> dict[str, Any]:
     """Returns the settings that the outcome of some work depends on."""
     values = to_dict(self.config)
-    return _plain(
+    return plain(
       {
         name: {k: v for k, v in values[name].items() if k not in _NO_MATTER}
         if isinstance(values[name], dict)
@@ -272,35 +280,23 @@ class Workspace:
     place = self.path(folder)
     record, begun = place / RECORD, place / BEGUN
     if record.exists():
-      self._check_identity(work, files.read_json(record), place)
+      check_identity(files.read_json(record), self.identity(work), place)
       return True
     if begun.exists() and has_checkpoints(place):
-      self._check_identity(work, files.read_json(begun), place)
+      check_identity(files.read_json(begun), self.identity(work), place)
     return False
 
-  def _check_identity(
-    self, work: Work, before: Mapping[str, Any], place: pathlib.Path
-  ) -> None:
-    changed = _difference(before["settings"], self.settings_of(work))
-    if changed:
-      raise ConfigError(
-        f"{place} was made with other settings ({', '.join(changed)}):"
-        " use another --workdir, or --overwrite to do the stage again"
-      )
-    sources = changed_sources(before, self.made_from(work))
-    if sources:
-      raise ConfigError(
-        f"{place} was made from other files ({', '.join(sources)} changed "
-        "since): use another --workdir, or --overwrite to do the stage again"
-      )
+  def identity(self, work: Work) -> dict[str, Any]:
+    """Returns what tells the outcome of some work from any other."""
+    return {
+      "settings": self.settings_of(work),
+      "made_from": self.made_from(work),
+    }
 
   def begin(self, work: Work, folder: str = "") -> StageRun:
     """Starts a stage: settings are checked by now, and files may be written."""
     folder = folder or work.name
-    identity = {
-      "settings": self.settings_of(work),
-      "made_from": self.made_from(work),
-    }
+    identity = self.identity(work)
     if self.is_chief:
       files.write_json(self.path(folder) / BEGUN, identity)
       save_config(self.config, self.directory / "config.py")
@@ -362,31 +358,16 @@ class Workspace:
     config: ModelConfig,
   ) -> None:
     """Saves whole weights, a model a role, as the outcome of a stage."""
-    for role, params in models_by_role.items():
-      place = self.path(folder) / "model" / role
-      with Checkpoints(place, keep=1) as checkpoints:
-        checkpoints.save(step, params, {"model": dataclasses.asdict(config)})
+    save_models(self.path(folder), step, models_by_role, config)
 
   def roles(self, folder: str) -> list[str]:
     """Returns the roles whose models a finished stage left."""
     self.record(folder)
-    place = self.path(folder) / "model"
-    return sorted(p.name for p in place.iterdir() if p.is_dir())
+    return saved_roles(self.path(folder))
 
   def load_model(self, folder: str, role: str) -> tuple[Params, ModelConfig]:
     """Reads one model of a finished stage, straight into its shards."""
-    with Checkpoints(self.path(folder) / "model" / role, keep=1) as checkpoints:
-      config = from_dict(checkpoints.record()["model"], ModelConfig, "model")
-      # How to compute is this run's business, what to compute the weights'.
-      ours = self.config.model
-      config = dataclasses.replace(
-        config, dtype=ours.dtype, remat=ours.remat, unroll=ours.unroll
-      )
-      head = ROLES[role].head
-      shapes = models.abstract_params(config, head=head)
-      axes = models.logical_axes(config, head=head)
-      shardings = shardings_of(axes, shapes, self.mesh)
-      return checkpoints.restore(abstract_like(shapes, shardings)), config
+    return load_model(self.path(folder), role, self.config.model, self.mesh)
 
   def start_record(self) -> pathlib.Path:
     """Returns the record of the policy training starts from.
@@ -421,66 +402,7 @@ class Workspace:
         param_dtype=config.param_dtype,
       )[0]
     logging.info("no SFT model and no --config.init: starting from random")
-    axes = models.logical_axes(config)
-    shardings = shardings_of(axes, models.abstract_params(config), self.mesh)
-    draw = jax.jit(
-      models.init, static_argnames="config", out_shardings=shardings
-    )
-    return draw(jax.random.key(self.config.seed), config=config)
-
-
-class StageRun:
-  """A stage under way; `done` writes the record that ends it."""
-
-  def __init__(self, folder: pathlib.Path, identity: dict[str, Any]):
-    """Starts the clock."""
-    self._folder = folder
-    self._identity = identity
-    self._start = time.monotonic()
-
-  @property
-  def seconds(self) -> float:
-    """Returns how long the stage has been running."""
-    return round(time.monotonic() - self._start, 2)
-
-  def done(self, **figures: Any) -> None:
-    """Marks the stage as finished, with figures worth keeping.
-
-    Call it last: what the record speaks of must be on disk before it.
-    """
-    record = {**self._identity, "seconds": self.seconds, **figures}
-    if hosts.is_chief():
-      files.write_json(self._folder / RECORD, record)
-    # Other processes look for the record next.
-    hosts.wait_for_all(f"{self._folder.name} is done")
-
-
-def has_checkpoints(folder: pathlib.Path) -> bool:
-  """Returns whether a stage under way has saved a step of training."""
-  steps = folder / "checkpoints"
-  return steps.is_dir() and any(p.name.isdigit() for p in steps.iterdir())
-
-
-def changed_sources(
-  before: Mapping[str, Any], now: Mapping[str, str]
-) -> list[str]:
-  """Returns the names of the files that a record was not made from."""
-  made_from = before.get("made_from", {})
-  names = sorted({*made_from, *now})
-  return [name for name in names if made_from.get(name) != now.get(name)]
-
-
-def describe(folder: str, record: Mapping[str, Any]) -> str:
-  """Returns one line with the figures of a record."""
-  figures: dict[str, Any] = {}
-  for key, value in record.items():
-    if key not in ("settings", "made_from"):
-      figures |= value if isinstance(value, dict) else {key: value}
-  cells = [
-    f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-    for key, value in figures.items()
-  ]
-  return f"{folder}: " + "  ".join(cells)
+    return random_policy(config, self.config.seed, self.mesh)
 
 
 def _with_architecture(model: ModelConfig, init: str) -> ModelConfig:
@@ -490,23 +412,3 @@ def _with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   how = ("dtype", "param_dtype", "remat", "unroll")
   settings = {name: getattr(model, name) for name in how}
   return dataclasses.replace(load_hf_config(init), **settings)
-
-
-def _plain(values: Any) -> Any:
-  """Returns the values as JSON gives them back, tuples as lists."""
-  return json.loads(json.dumps(values))
-
-
-def _difference(
-  before: Mapping[str, Any], now: Mapping[str, Any], path: str = "config"
-) -> list[str]:
-  """Returns the dotted names of the settings that differ."""
-  changed: list[str] = []
-  for key in sorted({*before, *now}):
-    name = f"{path}.{key}"
-    old, new = before.get(key), now.get(key)
-    if isinstance(old, dict) and isinstance(new, dict):
-      changed += _difference(old, new, name)
-    elif old != new:
-      changed.append(name)
-  return changed

@@ -23,6 +23,7 @@ from oreo_jax.config import (
 )
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
 from oreo_jax.stages import collect, evaluate, export, sft, train
+from oreo_jax.stages import trajectories as trajectory_values
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.tasks import Problem
 from oreo_jax.train import OBJECTIVES, full_params, init_state, make_setup
@@ -252,16 +253,16 @@ def test_evaluation_without_a_task_judges_the_value(trained):
   with jax.set_mesh(trained.mesh):
     results = evaluate.evaluate(trained)
   scores = {row["name"]: row for row in results["value_scores"]["scores"]}
-  value = scores[evaluate.VALUE]
+  value = scores[trajectory_values.VALUE]
   assert value["within_auc"] == value["pooled_auc"] == 1.0
   # Before the answer nothing tells one answer from another.
-  assert scores[evaluate.START]["within_auc"] == 0.5
+  assert scores[trajectory_values.START]["within_auc"] == 0.5
   assert results["problems"] == 6 and results["methods"] == []
   assert results["values"]["pooled_auc"][-1] == 1.0
   assert report.read_results(trained.directory) == results
   assert "AUC within" in report.format_table(results)
   page = report.write_report(trained.directory).read_text()
-  assert evaluate.LOGP in page and "Accuracy</h2>" not in page
+  assert trajectory_values.LOGP in page and "Accuracy</h2>" not in page
 
 
 def test_scores_of_answers_do_not_depend_on_packing(trained):
@@ -273,7 +274,7 @@ def test_scores_of_answers_do_not_depend_on_packing(trained):
   critic = trained.load_model("value", "critic")[0]
   base, model = trained.start_policy(), trained.config.model
   with jax.set_mesh(trained.mesh):
-    along, answer_logps = evaluate.score_trajectories(
+    along, answer_logps = trajectory_values.score_trajectories(
       trained, sequences, "value"
     )
   for index in (0, len(sequences) - 1):

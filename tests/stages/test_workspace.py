@@ -52,6 +52,15 @@ def write_rows(path, count=8, response="ok"):
   return path
 
 
+def small_results():
+  method = {
+    "name": "SFT, greedy", "policy": "sft", "search": "greedy", "budget": 1,
+    "accuracy": 0.5, "interval": [0.1, 0.9], "correct": 1, "total": 2,
+    "tokens_per_problem": 3.0, "seconds": 1.0,
+  }  # fmt: skip
+  return {"task": "maze", "seed": 0, "problems": 2, "methods": [method]}
+
+
 def listing(directory):
   return sorted(
     (str(p.relative_to(directory)), p.stat().st_mtime_ns)
@@ -81,12 +90,7 @@ def test_a_report_can_be_drawn_in_a_folder_that_holds_nothing_else_writable(
 ):
   directory = tmp_path / "run"
   directory.mkdir()
-  method = {
-    "name": "SFT, greedy", "policy": "sft", "search": "greedy", "budget": 1,
-    "accuracy": 0.5, "interval": [0.1, 0.9], "correct": 1, "total": 2,
-    "tokens_per_problem": 3.0, "seconds": 1.0,
-  }  # fmt: skip
-  results = {"task": "maze", "seed": 0, "problems": 2, "methods": [method]}
+  results = small_results()
   files.write_json(directory / "results.json", results)
   before = listing(directory)
   pages = []
@@ -155,9 +159,10 @@ def test_an_evaluation_is_of_the_stages_that_are_there(tmp_path):
   # The old code returned results.json although a baseline had come since.
   workspace = Workspace(tiny_run(), tmp_path)
   files.write_json(workspace.record_path("sft"), {"seconds": 1})
-  files.write_json(tmp_path / "results.json", {"methods": []})
+  results = small_results()
+  files.write_json(tmp_path / "results.json", results)
   workspace.begin(evaluate.EVALUATE).done(methods=0)
-  assert evaluate.evaluate(workspace) == {"methods": []}
+  assert evaluate.evaluate(workspace) == results
   files.write_json(workspace.record_path("rejection"), {"seconds": 1})
   assert workspace.config.baselines == ("rejection",)
   assert not evaluate._is_current(workspace)
