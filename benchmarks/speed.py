@@ -99,7 +99,7 @@ def time_search(config, rng):
 
   def call():
     nonlocal proposed
-    found = decode.step_beam_search(
+    search = decode.step_beam_search(
       policy,
       critic,
       prompts,
@@ -111,8 +111,8 @@ def time_search(config, rng):
       beams=BEAMS,
       max_step_tokens=16,
     )
-    proposed = int(found.proposed.sum())
-    return found.values
+    proposed = int(search.proposed.sum())
+    return search.values
 
   first, median = timed(call)
   return first, median, proposed

@@ -13,11 +13,11 @@ import numpy as np
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.beam import Search, step_beam_search
 from oreo_jax.decode.generate import Generation, generate
+from oreo_jax.decode.prefix import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.values import answer_values
 from oreo_jax.models import Params
 
-Prompts = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 # Called with the number of prompts done since the last call.
 OnProgress = Callable[[int], Any]
 Tree = TypeVar("Tree")
@@ -30,7 +30,7 @@ class PromptBatch(NamedTuple):
 
   number: int  # which batch, from 0 on
   indices: np.ndarray  # i64[size], their places; the last one fills up the end
-  count: int  # how many of them are real
+  real: int  # how many of them are not filling
   prompts: list  # `size` prompts
   room: int  # tokens to make room for
 
@@ -61,7 +61,7 @@ def prompt_batches(
     yield PromptBatch(
       number=number,
       indices=indices,
-      count=count,
+      real=count,
       prompts=[prompts[i] for i in indices],
       room=prompt_length or min(rounded, longest),
     )
@@ -93,10 +93,10 @@ def over_batches(
   size = max(min(batch_size // rows_per_prompt, len(prompts)), 1)
   results, order = [], []
   for batch in prompt_batches(prompts, size, prompt_length=prompt_length):
-    rows = batch.count * rows_per_prompt
+    rows = batch.real * rows_per_prompt
     results.append(jax.tree.map(lambda x, rows=rows: x[:rows], run(batch)))
-    order.append(_rows_of(batch.indices[: batch.count], rows_per_prompt))
-    on_progress(batch.count)
+    order.append(_rows_of(batch.indices[: batch.real], rows_per_prompt))
+    on_progress(batch.real)
   place = np.argsort(np.concatenate(order))
   return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *results)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.generate import Generation
-from oreo_jax.decode.prefix import pad_prompts
+from oreo_jax.decode.prefix import Prompts, pad_prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.scores import Score, by_value
 from oreo_jax.decode.step import (
@@ -45,7 +45,7 @@ class Search(NamedTuple):
 def step_beam_search(
   policy: Params,
   critic: Params | None,
-  prompts: Sequence[Sequence[int]] | np.ndarray,
+  prompts: Prompts,
   key: jax.Array,
   config: ModelConfig,
   *,

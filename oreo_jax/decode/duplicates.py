@@ -31,7 +31,7 @@ def extend_hashes(
   ) -> tuple[jax.Array, None]:
     token, inside = column
     # Plus one: a text and the same text behind tokens 0 are two texts.
-    longer = hashes * bases + (token + 1).astype(jnp.uint32)[:, None]
+    longer = hashes * bases[None] + (token + 1).astype(jnp.uint32)[:, None]
     return jnp.where(inside[:, None], longer, hashes), None
 
   inside = jnp.arange(tokens.shape[1])[:, None] < lengths[None]
@@ -56,4 +56,4 @@ def is_repeated(
   count = same.shape[-1]
   earlier = jnp.tril(jnp.ones((count, count), bool), -1)
   alive = alive.reshape(questions, 1, -1)
-  return jnp.any(same & earlier & alive, axis=2).reshape(-1)
+  return jnp.any(same & earlier[None] & alive, axis=2).reshape(-1)

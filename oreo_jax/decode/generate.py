@@ -1,7 +1,7 @@
 """Generation: a prefill, then one jitted loop over the KV cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from oreo_jax.config import ModelConfig
 from oreo_jax.decode.prefix import (
   Branches,
   Prefix,
+  Prompts,
   pad_prompts,
   read_prompts,
 )
@@ -19,7 +20,7 @@ from oreo_jax.decode.sampling import ANCESTRAL, Sampler, draw
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.stops import advance as read_stops
 from oreo_jax.hosts import to_host
-from oreo_jax.models import Params
+from oreo_jax.models import Cache, Params
 from oreo_jax.sharding import constrain_batch
 
 
@@ -99,7 +100,7 @@ def extend(
     )
     logits = models.logits(params, out.hidden[:, 0], config)
     token, logp = draw(jax.random.fold_in(key, step), logits, sampler)
-    ended = jnp.any(token[:, None] == eos, axis=1)
+    ended = jnp.any(token[:, None] == eos[None], axis=1)
     stop_state, stopped = grown.stop_state, jnp.zeros_like(ended)
     if stops is not None:
       after, stopped = read_stops(stops, stop_state, token)
@@ -112,7 +113,7 @@ def extend(
       logps=_set_column(grown.logps, step, logp),
       step_ended=grown.step_ended | (active & stopped),
       stop_state=stop_state,
-      cache=out.cache,
+      cache=cast(Cache, out.cache),
     )
     active &= ~ended & ~stopped & (lengths < limit)
     return step + 1, active, token[:, None], grown
@@ -154,7 +155,7 @@ _extend = jax.jit(
 
 def generate(
   params: Params,
-  prompts: Sequence[Sequence[int]] | np.ndarray,
+  prompts: Prompts,
   key: jax.Array,
   config: ModelConfig,
   *,

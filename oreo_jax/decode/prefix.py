@@ -7,7 +7,7 @@ so that a step writes one slot and the long part is read once for all branches.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import Cache, Params
 from oreo_jax.sharding import constrain_batch
+
+# Token ids of each prompt, ragged, or all of one length.
+Prompts = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 
 
 class Prefix(NamedTuple):
@@ -43,7 +46,7 @@ class Branches(NamedTuple):
 
 
 def pad_prompts(
-  prompts: Sequence[Sequence[int]], length: int | None = None
+  prompts: Prompts, length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns prompts as (tokens i32[R, P], lengths i32[R]), left-aligned.
 
@@ -75,7 +78,7 @@ def prefill(
   lengths: jax.Array,
   config: ModelConfig,
   slots: int,
-) -> models.Output:
+) -> tuple[jax.Array, Cache]:
   """Writes the first `lengths` tokens of each prompt into a fresh cache.
 
   Args:
@@ -86,13 +89,15 @@ def prefill(
     slots: S of the cache.
 
   Returns:
-    Output(hidden [P, W, D], cache).
+    (hidden [P, W, D], the cache).
   """
   index = jnp.arange(prompts.shape[1], dtype=jnp.int32)[None]
   positions = jnp.where(index < lengths[:, None], index, -1)
   cache = models.init_cache(config, prompts.shape[0], slots)
   cache = models.Cache(*(constrain_batch(x, dim=1) for x in cache))
-  return models.apply(params, prompts, config, positions=positions, cache=cache)
+  out = models.apply(params, prompts, config, positions=positions, cache=cache)
+  # It gives a cache back because it got one.
+  return out.hidden, cast(Cache, out.cache)
 
 
 def read_prompts(
@@ -108,7 +113,7 @@ def read_prompts(
   # The last token is left to the first decoding step, so that every step, the
   # first included, feeds one token and reads one distribution.
   slots = prompts.shape[1] + room
-  cache = prefill(params, prompts, lengths - 1, config, slots).cache
+  _, cache = prefill(params, prompts, lengths - 1, config, slots)
   return Prefix(
     tokens=jnp.pad(prompts, ((0, 0), (0, room))),
     lengths=lengths,
@@ -120,8 +125,13 @@ def read_prompts(
 
 def take_prefix(prefix: Prefix, index: jax.Array) -> Prefix:
   """Returns the rows i32[N] of some prefixes, with their caches."""
-  rows = (jnp.take(x, index, axis=0) for x in prefix[:-1])
-  return Prefix(*rows, cache=take_cache(prefix.cache, index))
+  return Prefix(
+    tokens=prefix.tokens[index],
+    lengths=prefix.lengths[index],
+    logps=prefix.logps[index],
+    stop_state=prefix.stop_state[index],
+    cache=take_cache(prefix.cache, index),
+  )
 
 
 def take_cache(cache: Cache, index: jax.Array) -> Cache:

@@ -10,11 +10,11 @@ import numpy as np
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.batches import (
   OnProgress,
-  Prompts,
   generate_all,
   values_all,
 )
 from oreo_jax.decode.generate import Generation
+from oreo_jax.decode.prefix import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.values import (

@@ -50,8 +50,8 @@ def filter_logits(logits: jax.Array, sampler: Sampler) -> jax.Array:
     # A token stays while the tokens before it do not fill top_p: the first
     # always does.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = jnp.where(before < sampler.top_p, ordered, jnp.inf)
-    threshold = jnp.min(kept, axis=-1, keepdims=True)
+    inside = jnp.where(before < sampler.top_p, ordered, jnp.inf)
+    threshold = jnp.min(inside, axis=-1, keepdims=True)
     logits = jnp.where(logits < threshold, -jnp.inf, logits)
   return logits
 

@@ -97,10 +97,12 @@ def start_beams(plan: Plan, prompts: jax.Array, lengths: jax.Array) -> Beams:
   values, critic_cache = jnp.full(questions, jnp.nan, jnp.float32), None
   if plan.critic is not None:
     slots = prefix.tokens.shape[1]
-    read = prefill(plan.critic, prompts, lengths, plan.critic_config, slots)
-    last = read.hidden[jnp.arange(questions), lengths - 1]
+    hidden, cache = prefill(
+      plan.critic, prompts, lengths, plan.critic_config, slots
+    )
+    last = hidden[jnp.arange(questions), lengths - 1]
     values = models.values(plan.critic, last)
-    critic_cache = take_cache(read.cache, copies)
+    critic_cache = take_cache(cache, copies)
   nothing = Candidates(
     values=values[copies],
     logps=jnp.zeros(count, jnp.float32),
@@ -203,7 +205,7 @@ def advance(state: Beams, plan: Plan) -> Beams:
   # caches are written from different slots.
   prefix = append_branches(state.prefix, grown, parents, chosen)
   critic_cache = None
-  if state.critic_cache is not None:
+  if state.critic_cache is not None and critic_branches is not None:
     critic_cache = append_cache(
       take_cache(state.critic_cache, parents),
       take_cache(critic_branches, chosen),
@@ -255,7 +257,7 @@ def _read_values(
     (f32[R] V to rank by, f32[R] V at the last token, the cache of the new
     tokens).
   """
-  if plan.critic is None:
+  if plan.critic is None or state.critic_cache is None:
     return state.values[parents], state.last_values[parents], None
   read = models.apply_branches(
     plan.critic,

@@ -13,8 +13,6 @@ level knows the question alone and cannot tell its answers apart, so it is
 refused here.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +20,7 @@ import numpy as np
 from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.generate import Generation
-from oreo_jax.decode.prefix import pad_prompts
+from oreo_jax.decode.prefix import Prompts, pad_prompts
 from oreo_jax.decode.stops import Stops, step_ends
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Params
@@ -55,7 +53,7 @@ def check_reduction(reduction: str) -> None:
 
 def answer_values(
   critic: Params,
-  prompts: Sequence[Sequence[int]] | np.ndarray,
+  prompts: Prompts,
   answers: Generation,
   config: ModelConfig,
   *,

@@ -120,8 +120,8 @@ def compare(
       **LIMITS,
     )
     length = out.answers.lengths[row]
-    found = tuple(out.answers.tokens[row, :length].tolist())
-    assert found == want.answer.tokens, (row, prompt)
+    tokens = tuple(out.answers.tokens[row, :length].tolist())
+    assert tokens == want.answer.tokens, (row, prompt)
     assert out.answers.finished[row] == want.answer.finished
     assert out.proposed[row] == want.proposed
     np.testing.assert_allclose(out.values[row], want.answer.value, atol=1e-5)
@@ -349,14 +349,14 @@ def random_models():
 
 def fresh_values(critic, prompts, answers):
   """V at the last token before the end-of-sequence, by a plain forward."""
-  found = []
+  values = []
   for prompt, answer in zip(prompts, answers, strict=True):
     text = np.zeros((1, 12), np.int32)
     size = len(prompt) + len(answer)
     text[0, :size] = [*prompt, *answer]
     hidden = models.apply(critic, jnp.asarray(text), CONFIG).hidden
-    found.append(float(models.values(critic, hidden)[0, size - 1]))
-  return found
+    values.append(float(models.values(critic, hidden)[0, size - 1]))
+  return values
 
 
 def test_values_are_those_of_a_fresh_forward():
@@ -379,7 +379,7 @@ def greedy_options():
 def test_one_beam_at_temperature_zero_is_greedy():
   policy, critic = random_models()
   prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11], [5], [6], [7]]
-  found = step_beam_search(
+  searched = step_beam_search(
     policy, critic, prompts, KEY, CONFIG, prompt_length=3, **greedy_options()
   ).answers
   want = generate(
@@ -391,11 +391,11 @@ def test_one_beam_at_temperature_zero_is_greedy():
     eos_ids=(EOS,),
     sampler=GREEDY,
   )
-  np.testing.assert_array_equal(found.tokens, want.tokens)
-  np.testing.assert_array_equal(found.lengths, want.lengths)
-  np.testing.assert_array_equal(found.finished, want.finished)
-  np.testing.assert_allclose(found.logps, want.logps, atol=1e-5)
-  assert found.finished.any() and not found.finished.all()
+  np.testing.assert_array_equal(searched.tokens, want.tokens)
+  np.testing.assert_array_equal(searched.lengths, want.lengths)
+  np.testing.assert_array_equal(searched.finished, want.finished)
+  np.testing.assert_allclose(searched.logps, want.logps, atol=1e-5)
+  assert searched.finished.any() and not searched.finished.all()
 
 
 def test_all_searches_come_in_the_order_of_the_prompts(deterministic):
@@ -406,7 +406,7 @@ def test_all_searches_come_in_the_order_of_the_prompts(deterministic):
   critic = chain.make_critic(CONFIG, values)
   prompts = [[1, 2, 3], [9], [4, 4, 3], [14, 1], [20, 21], [11], [12, 12, 5]]
   # Nothing is random, so a batch of its own gives each question's answer.
-  whole = deterministic(
+  one_batch = deterministic(
     policy,
     critic,
     prompts[:6],
@@ -427,9 +427,11 @@ def test_all_searches_come_in_the_order_of_the_prompts(deterministic):
     **options,
   )
   assert len(out.values) == 7
-  np.testing.assert_array_equal(out.answers.tokens[:6], whole.answers.tokens)
-  np.testing.assert_array_equal(out.proposed[:6], whole.proposed)
-  np.testing.assert_allclose(out.values[:6], whole.values, atol=1e-6)
+  np.testing.assert_array_equal(
+    out.answers.tokens[:6], one_batch.answers.tokens
+  )
+  np.testing.assert_array_equal(out.proposed[:6], one_batch.proposed)
+  np.testing.assert_allclose(out.values[:6], one_batch.values, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -197,13 +197,13 @@ def test_samples_follow_the_softmax(params):
   hidden = models.apply(params, jnp.asarray([prompt]), tiny.MODEL).hidden
   logits = models.logits(params, hidden[:, -1], tiny.MODEL)[0]
   want = np.asarray(jax.nn.softmax(logits)) * count
-  found = np.bincount(out.tokens[:, 0], minlength=tiny.VOCAB)
+  counts = np.bincount(out.tokens[:, 0], minlength=tiny.VOCAB)
   common = want > 5
   assert common.sum() >= 4
-  rest = [found[~common].sum()], [max(want[~common].sum(), 1e-9)]
-  found = np.concatenate([found[common], rest[0]])
+  rest = [counts[~common].sum()], [max(want[~common].sum(), 1e-9)]
+  counts = np.concatenate([counts[common], rest[0]])
   want = np.concatenate([want[common], rest[1]])
-  statistic = np.sum((found - want) ** 2 / np.maximum(want, 1.0))
+  statistic = np.sum((counts - want) ** 2 / np.maximum(want, 1.0))
   # The 99.9th percentile of chi-square with 11 degrees of freedom.
   assert statistic < 31.3
 

@@ -101,25 +101,25 @@ def test_values_along_answers_are_those_of_a_fresh_forward():
   answers = answers_of([4, 2, 3, 1], [False] * 4)._replace(
     tokens=rng.integers(0, tiny.VOCAB, (4, 4)).astype(np.int32)
   )
-  found = answer_values(critic, prompts, answers, tiny.MODEL)
-  assert found.shape == (4, 5)
+  along = answer_values(critic, prompts, answers, tiny.MODEL)
+  assert along.shape == (4, 5)
   for row in range(4):
     prompt, length = prompts[row // 2], answers.lengths[row]
     text = [*prompt, *answers.tokens[row, :length], *[0] * 8][:8]
     hidden = models.apply(critic, jnp.asarray([text]), tiny.MODEL).hidden
     want = models.values(critic, hidden)[0]
     at = len(prompt) - 1 + np.arange(length + 1)
-    np.testing.assert_allclose(found[row, : length + 1], want[at], atol=1e-5)
+    np.testing.assert_allclose(along[row, : length + 1], want[at], atol=1e-5)
   # One prompt a batch, and in one go.
   for size in (2, 512):
     batches = values_all(critic, prompts, answers, tiny.MODEL, batch_size=size)
     for row, length in enumerate(answers.lengths):
       np.testing.assert_allclose(
-        batches[row, : length + 1], found[row, : length + 1], atol=1e-5
+        batches[row, : length + 1], along[row, : length + 1], atol=1e-5
       )
   scores = rank_all(critic, prompts, answers, tiny.MODEL, batch_size=2)
   np.testing.assert_allclose(
-    scores.ravel(), found[np.arange(4), answers.lengths], atol=1e-5
+    scores.ravel(), along[np.arange(4), answers.lengths], atol=1e-5
   )
 
 

@@ -14,11 +14,11 @@ def probabilities(logits, *, temperature, top_k, top_p):
   out = np.zeros(logits.shape)
   for row, scores in enumerate(np.asarray(logits, np.float64) / temperature):
     order = np.argsort(-scores, kind="stable")
-    kept = order[: top_k or None]
-    weights = np.exp(scores[kept] - scores[kept].max())
+    likeliest = order[: top_k or None]
+    weights = np.exp(scores[likeliest] - scores[likeliest].max())
     weights /= weights.sum()
     chosen, mass = [], 0.0
-    for token, weight in zip(kept, weights, strict=True):
+    for token, weight in zip(likeliest, weights, strict=True):
       if mass >= top_p and top_p < 1.0:
         break
       chosen.append(token)
@@ -42,10 +42,10 @@ def probabilities(logits, *, temperature, top_k, top_p):
 def test_filter_matches_the_oracle(options):
   options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
   logits = np.random.default_rng(0).normal(0, 2, (64, 9)).astype(np.float32)
-  found = jax.nn.softmax(filter_logits(jnp.asarray(logits), Sampler(**options)))
+  probs = jax.nn.softmax(filter_logits(jnp.asarray(logits), Sampler(**options)))
   want = probabilities(logits, **options)
-  np.testing.assert_array_equal(np.asarray(found) > 0, want > 0)
-  np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-7)
+  np.testing.assert_array_equal(np.asarray(probs) > 0, want > 0)
+  np.testing.assert_allclose(probs, want, rtol=1e-4, atol=1e-7)
   assert (want > 0).any(axis=1).all()
 
 
@@ -66,11 +66,11 @@ def test_draws_follow_the_filtered_softmax(options):
     top_k=sampler.top_k,
     top_p=sampler.top_p,
   )[0]
-  found = np.bincount(np.asarray(tokens), minlength=6)
+  counts = np.bincount(np.asarray(tokens), minlength=6)
   possible = want > 0
-  assert not found[~possible].any()
+  assert not counts[~possible].any()
   expected = want[possible] * count
-  statistic = np.sum((found[possible] - expected) ** 2 / expected)
+  statistic = np.sum((counts[possible] - expected) ** 2 / expected)
   # The 99.9th percentile of chi-square with 5 degrees of freedom.
   assert statistic < 20.5
   # The log-probability is the model's own, whatever the filter.

@@ -63,9 +63,9 @@ def compare(tokenizer, delimiters, ids, *, front=()):
   vocab_size = len(tokenizer) + 3
   stops = make_stops(tokenizer, delimiters, vocab_size)
   want = oracle.step_ends(text_of(tokenizer, front=front), ids, delimiters)
-  found = step_ends(stops, ids)
-  assert found.tolist() == want, tokenizer.decode(ids)
-  return stops, found
+  ends = step_ends(stops, ids)
+  assert ends.tolist() == want, tokenizer.decode(ids)
+  return stops, ends
 
 
 def scanned_ends(stops, rows):
@@ -135,9 +135,9 @@ def test_trained_bpe(bpe, delimiters):
   rng = np.random.default_rng(0)
   compare(bpe, delimiters, bpe.encode(TEXT))
   rows = rng.integers(0, len(bpe), (40, 25))
-  found = [compare(bpe, delimiters, row.tolist())[1] for row in rows]
+  ends = [compare(bpe, delimiters, row.tolist())[1] for row in rows]
   stops = make_stops(bpe, delimiters, len(bpe))
-  np.testing.assert_array_equal(scanned_ends(stops, rows), found)
+  np.testing.assert_array_equal(scanned_ends(stops, rows), ends)
 
 
 def test_sentence_ends_lie_across_the_tokens_of_a_bpe(bpe):
