@@ -34,17 +34,20 @@ __all__ = [
 REPORT_NAME = "report.html"
 
 
-def write_report(workdir: str | os.PathLike[str]) -> Path:
+def write_report(
+  workdir: str | os.PathLike[str], path: Path | None = None
+) -> Path:
   """Writes `report.html` of a run.
 
   Args:
     workdir: work directory with `results.json`.
+    path: where the page goes; `report.html` in the work directory by default.
 
   Returns:
     Path of the report, which is replaced whole or not at all.
 
   Raises:
-    ValueError: If `results.json` is missing or not one.
+    ValueError: if `results.json` is missing or not one.
   """
   workdir = Path(workdir)
   page = render(
@@ -52,6 +55,6 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
     stages=read_stages(workdir),
     config=read_config(workdir),
   )
-  path = workdir / REPORT_NAME
+  path = path or workdir / REPORT_NAME
   files.write_text(path, page)
   return path

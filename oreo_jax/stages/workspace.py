@@ -103,6 +103,8 @@ class Workspace:
       get_objective(name, "baselines")
     self.directory = pathlib.Path(directory)
     self.given_config = config
+    # What config.py is to hold, where that is not `config`.
+    self.kept_config: Config | None = None
     self.is_chief = hosts.is_chief()
     self.mesh: Mesh = make_mesh(config.mesh)
 
@@ -152,10 +154,14 @@ class Workspace:
     )
 
   def with_config(self, config: Config) -> Workspace:
-    """Returns the same folder, seen with other settings of its stages."""
+    """Returns the same folder, seen with other settings of its stages.
+
+    What the folder keeps as its configuration stays this one's.
+    """
     other = Workspace(config, self.directory)
     other.__dict__["task"] = self.task
     other.__dict__["tokenizer"] = self.tokenizer
+    other.kept_config = self.config
     return other
 
   def _make_tokenizer(self) -> Any:
@@ -299,7 +305,8 @@ class Workspace:
     identity = self.identity(work)
     if self.is_chief:
       files.write_json(self.path(folder) / BEGUN, identity)
-      save_config(self.config, self.directory / "config.py")
+      settled = self.kept_config or self.config
+      save_config(settled, self.directory / "config.py")
       self._save_tokenizer()
     hosts.wait_for_all(f"{folder} begins")
     return StageRun(self.path(folder), identity)
