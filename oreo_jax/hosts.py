@@ -64,12 +64,15 @@ class StopAgreement:
     self._asked: tuple[int, float] | None = None  # step and time, the last
     self._pace = seconds  # seconds a step, on this process
 
-  def reached(self, step: int, flag: bool) -> bool:
+  def reached(self, step: int, flag: bool, results: Any = None) -> bool:
     """Returns whether to stop after this step, the same on every process.
 
     Args:
       step: steps done; every process calls this after the same steps.
       flag: whether this process has been asked to stop.
+      results: arrays of the step, which are waited for before the question:
+        on CPU devices two computations over several processes must not run
+        at once, they could wait for each other's threads.
     """
     if jax.process_count() == 1:
       return flag
@@ -77,6 +80,7 @@ class StopAgreement:
       return False
     from jax.experimental import multihost_utils
 
+    jax.block_until_ready(results)
     mine = np.asarray([flag, self._pace], np.float32)
     flags, paces = multihost_utils.process_allgather(mine).T
     # Nothing but what was gathered may decide on the next question. Doubling
@@ -85,8 +89,8 @@ class StopAgreement:
     self._interval = min(max(steps, 1), 2 * self._interval)
     now = time.perf_counter()
     if self._asked is not None:
-      # Taken after the gathering, which has waited for the steps on the
-      # devices; before it, only handing them out would have been timed.
+      # From answer to answer: all the steps between have run by then, and have
+      # not only been handed out to the devices.
       self._pace = (now - self._asked[1]) / (step - self._asked[0])
     self._asked = step, now
     return bool(np.any(flags))

@@ -136,7 +136,7 @@ def fit(
           writer.write(done, figures)
         progress.update(0, loss=figures["loss"])
       progress.update()
-      stopping = not last and stop.agreed(done)
+      stopping = not last and stop.agreed(done, metrics)
       due = stage.checkpoint_every and done % stage.checkpoint_every == 0
       if due or last or stopping:
         # The figures of this very step may not have been looked at yet.
@@ -200,9 +200,9 @@ class _StopRequest:
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
 
-  def agreed(self, step: int) -> bool:
+  def agreed(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
     """Returns whether to stop after this step, the same on every process."""
-    return self._agreement.reached(step, self._requested)
+    return self._agreement.reached(step, self._requested, metrics)
 
   def _request(self, unused_signal: int, unused_frame: object) -> None:
     self._requested = True
