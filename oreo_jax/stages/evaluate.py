@@ -115,24 +115,9 @@ def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
     )
     outcomes = methods.plain_methods(policy, label, exam)
     if "critic" in roles:
-      granularity = _granularity(workspace, stage)
-      critic = workspace.load_model(stage, "critic")[0]
-      if granularity == "response":
-        logging.warning(
-          "%s: a response-level value network was trained at the prompt alone, "
-          "so answers are not ranked by it: train with "
-          "--config.train.granularity=token or step",
-          stage,
-        )
-        outcomes += methods.sampled_methods(policy, None, label, exam)
-      else:
-        judge = methods.Judge(
-          critic,
-          granularity,
-          config.train.reward_scale,
-          config.train.reward_offset,
-        )
-        outcomes += methods.sampled_methods(policy, judge, label, exam)
+      judge = _judge(workspace, stage)
+      outcomes += methods.sampled_methods(policy, judge, label, exam)
+      if judge is not None:
         outcomes += methods.beam_methods(policy, judge, label, exam)
         if stage == config.train.objective:
           judged = _judge_values(workspace, exam, policy, judge)
@@ -155,9 +140,23 @@ def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
   return written
 
 
-def _granularity(workspace: Workspace, stage: str) -> str:
-  """Returns the granularity that a stage's value network was trained at."""
-  return workspace.record(stage)["settings"]["train"]["granularity"]
+def _judge(workspace: Workspace, stage: str) -> methods.Judge | None:
+  """Returns a stage's value network, None where it cannot rank answers."""
+  trained = workspace.record(stage)["settings"]["train"]
+  if trained["granularity"] == "response":
+    logging.warning(
+      "%s: a response-level value network was trained at the prompt alone, "
+      "so answers are not ranked by it: train with "
+      "--config.train.granularity=token or step",
+      stage,
+    )
+    return None
+  return methods.Judge(
+    workspace.load_model(stage, "critic")[0],
+    trained["granularity"],
+    trained["reward_scale"],
+    trained["reward_offset"],
+  )
 
 
 def _row(outcome: methods.Outcome, stage: str) -> dict[str, Any]:
@@ -238,7 +237,7 @@ def _judge_values(
   row = int(wrong[np.argmax(states[wrong])])
   # A value and an advantage learn scaled rewards; the page shows them in units
   # of the reward beside it.
-  scale, offset = config.train.reward_scale, config.train.reward_offset
+  scale, offset = judge.reward_scale, judge.reward_offset
   example = worked_example(
     policy,
     workspace.start_policy(),
@@ -259,7 +258,8 @@ def _evaluate_trajectories(
 ) -> Evaluation:
   """Judges the value on the recorded trajectories of held-out problems."""
   objective = workspace.config.train.objective
-  granularity = _granularity(workspace, objective)
+  trained = workspace.record(objective)["settings"]["train"]
+  granularity = trained["granularity"]
   sequences = held_out_sequences(workspace, objective, granularity)
   stage_run = workspace.begin(EVALUATE)
   results = judge_trajectories(workspace, sequences, objective)
