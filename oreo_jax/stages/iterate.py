@@ -32,6 +32,7 @@ from oreo_jax.stages.rounds import (
 from oreo_jax.stages.sft import fine_tune
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.workspace import Workspace
+from oreo_jax.train import get_objective
 
 
 def run(workspace: Workspace, say: Say) -> None:
@@ -53,10 +54,10 @@ def iterate(workspace: Workspace) -> Rounds:
   config = workspace.config
   check_rounds(workspace, config.rounds)
   objective = config.train.objective
-  if objective == "value":
+  if not get_objective(objective).trains_policy:
     raise ConfigError(
-      "config.train.objective=value leaves the policy as it is, so rounds of "
-      "it lead nowhere: set --config.train.objective=oreo"
+      f"config.train.objective={objective} leaves the policy as it is, so "
+      "rounds of it lead nowhere: set --config.train.objective=oreo"
     )
   fine_tune(workspace)
   split = config.evaluate.split

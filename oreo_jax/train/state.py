@@ -89,6 +89,8 @@ def state_shardings(setup: Setup, state: TrainState, mesh: Mesh) -> TrainState:
     return shardings_of(_select_like(tree, axes), tree, mesh)
 
   params = {name: sharding_of(name, t) for name, t in state.params.items()}
+  # An optimiser's state has a copy of the tree's structure a moment: optax
+  # knows which of its leaves belong to which weight.
   opt_state = {
     name: optax.tree.map_params(
       optimizer,

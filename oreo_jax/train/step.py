@@ -88,10 +88,14 @@ def _accumulate(
 
   micro = micro_batches(batch, parts)
 
-  def body(total, rows):
+  def body(total: Any, rows: Batch) -> tuple[Any, None]:
+    # Inside the scan a micro-batch would otherwise lie as the compiler likes,
+    # which may be all of it on every device.
     rows = jax.tree.map(constrain_batch, rows)
     return jax.tree.map(jnp.add, total, gradient(params, rows)), None
 
+  # The scan starts from zeros, so it has to know beforehand what a micro-batch
+  # gives: which metrics there are is up to the loss.
   first = jax.tree.map(lambda x: x[0], micro)
   shapes = jax.eval_shape(gradient, params, first)
   zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

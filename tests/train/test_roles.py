@@ -15,6 +15,7 @@ from oreo_jax.data import make_loader
 from oreo_jax.sharding import shard_batch
 from oreo_jax.train import (
   OBJECTIVES,
+  Objective,
   full_configs,
   full_params,
   init_state,
@@ -22,9 +23,11 @@ from oreo_jax.train import (
   make_train_step,
   plain_models,
   state_shardings,
+  train_step,
 )
 from oreo_jax.train.checkpoint import Checkpoints
 from oreo_jax.train.forward import forward
+from oreo_jax.train.objective import Rows
 from oreo_jax.train.roles import ROLES, needs_base, roles_of
 
 ROWS = 4
@@ -220,3 +223,35 @@ def test_a_critic_to_go_on_with_needs_weights_of_its_own():
       )
   state = init_state(jax.random.key(0), make(), tiny.draw_params(), critic)
   tiny.assert_trees_close(state.params["critic"], critic, rtol=0, atol=0)
+
+
+def test_an_objective_of_ones_own_is_an_object_and_nothing_else():
+  def margin_loss(params, out, rows, totals, setup):
+    del params, setup
+    gap = jnp.where(rows.action_mask, out.ref_logps - out.policy.logps, 0.0)
+    loss = jnp.sum(jax.nn.relu(gap)) / totals
+    return loss, {"policy/margin": loss}
+
+  objective = Objective(
+    name="margin",
+    label="margin",
+    trains=("policy",),
+    reads=("reference",),
+    loss=margin_loss,
+    prepare=lambda params, ref, batch, setup: Rows(
+      batch, jnp.maximum(jnp.sum(batch.action_mask), 1).astype(jnp.float32)
+    ),
+    sequences=lambda trajectories, tokenize, config: tokenize(trajectories),
+  )
+  config = Config(model=tiny.MODEL, train=TrainConfig(batch_size=ROWS))
+  setup = make_setup(config, objective, 4)
+  assert names(setup) == ["policy", "reference"]
+  base = tiny.draw_params()
+  state = init_state(jax.random.key(0), setup, base)
+  _, metrics = jax.eval_shape(
+    functools.partial(train_step, setup=setup),
+    state,
+    base,
+    jax.tree.map(jnp.asarray, batch()),
+  )
+  assert {"loss", "policy/margin", "grad_norm/policy"} < set(metrics)
