@@ -11,6 +11,7 @@ On several processes each loads the rows that its devices hold, and no others:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -230,6 +231,7 @@ def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
   return shares.index(shards[process]), len(shares)
 
 
+@functools.cache  # asked for every batch, and a pod has many devices
 def _shards_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
   """Returns by process the shards of the batch that its devices hold."""
   # The batch axes are the first ones, and their order is that of the shards.

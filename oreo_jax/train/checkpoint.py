@@ -138,9 +138,9 @@ class Checkpoints:
   def _read_contents(self, step: int) -> dict[str, Any]:
     """Returns {"record": ..., "arrays": ...}, checked."""
     contents = self._orbax(step, "record", ocp.args.JsonRestore())
-    if not isinstance(contents, dict) or contents.get("digest") != _digest_of(
-      contents
-    ):
+    good = isinstance(contents, dict)
+    good = good and contents.get("digest") == _digest_of(contents)
+    if hosts.any_of(not good):
       raise self._damaged(
         step, "its record does not match its digest, or it has none"
       )
