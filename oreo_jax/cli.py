@@ -130,24 +130,36 @@ def check_overrides(arguments: Sequence[str]) -> None:
         raise ConfigError(unknown_key(name, valid))
 
 
+# What a scheduler restarts on: the run was asked to stop, and is saved.
+# (EX_TEMPFAIL of sysexits.h.) Errors of the user are 2, as everywhere.
+_EXIT_PREEMPTED = 75
+
+
 def main() -> None:
-  """Entry point of the `oreo` command."""
+  """Entry point of the `oreo` command.
+
+  Exit codes: 0, done; 2, an error that one line explains; 75, asked to stop by
+  a SIGTERM with everything saved, run the same command again.
+  """
   arguments = sys.argv[1:]
   try:
     check_overrides(arguments)
     app.run(_main)
   except (ValueError, RuntimeError) as error:
     # Ours all say what to do; a traceback would bury that.
-    if os.environ.get("OREO_TRACEBACK") or not _is_plain(error):
+    code = _exit_code(error)
+    if os.environ.get("OREO_TRACEBACK") or not code:
       raise
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
-def _is_plain(error: Exception) -> bool:
-  """Whether the message alone tells the user what to do."""
+def _exit_code(error: Exception) -> int:
+  """Returns the code for an error whose message says what to do, else 0."""
   if isinstance(error, ValueError):
-    return True
+    return 2
   from oreo_jax.train import DivergedError, PreemptedError
 
-  return isinstance(error, DivergedError | PreemptedError)
+  if isinstance(error, PreemptedError):
+    return _EXIT_PREEMPTED
+  return 2 if isinstance(error, DivergedError) else 0

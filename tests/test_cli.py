@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from oreo_jax import cli
 from oreo_jax.config import Config, ConfigError, save_config
+from oreo_jax.train import DivergedError, PreemptedError
 
 ROOT = pathlib.Path(__file__).parents[1]
 MAZE = ROOT / "configs" / "maze.py"
@@ -149,6 +150,36 @@ def test_bad_rows_through_the_command_line(tmp_path):
     cwd=tmp_path,
   )
   assert code == 2 and "rows.jsonl:2" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+  ("error", "code"),
+  [
+    (ConfigError("set --config.x"), 2),
+    (DivergedError("lower the rate"), 2),
+    (PreemptedError("saved at step 3"), 75),
+  ],
+)
+def test_exit_codes_are_one_line_each(monkeypatch, capsys, error, code):
+  def fail(unused_main):
+    raise error
+
+  monkeypatch.setattr(cli.app, "run", fail)
+  monkeypatch.setattr(cli.sys, "argv", ["oreo"])
+  with pytest.raises(SystemExit) as caught:
+    cli.main()
+  assert caught.value.code == code
+  assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_error_that_explains_nothing_keeps_its_traceback(monkeypatch):
+  def fail(unused_main):
+    raise RuntimeError("XLA: internal")
+
+  monkeypatch.setattr(cli.app, "run", fail)
+  monkeypatch.setattr(cli.sys, "argv", ["oreo"])
+  with pytest.raises(RuntimeError, match="internal"):
+    cli.main()
 
 
 SMALL = """
