@@ -62,16 +62,16 @@ def get_config(variant: str = "default") -> Config:
     evaluate=EvaluateConfig(
       max_new_tokens=new_tokens, max_step_tokens=16, top_p=0.95
     ),
-    # Two rates each, about where the best lay on the maze; step and response
+    # Three rates each, about where the best lay on the maze; step and response
     # level go by the token level's.
     compare=CompareConfig(
       share=1 / 3,
       rounds=1,
-      rejection=MethodConfig(lr_scales=(1.0, 3.0)),
-      dpo=MethodConfig(lr_scales=(0.01, 0.03)),
-      kto=MethodConfig(lr_scales=(0.003, 0.01)),
-      dqo=MethodConfig(lr_scales=(0.03, 0.1)),
-      oreo_token=MethodConfig(lr_scales=(1.0, 3.0)),
+      rejection=MethodConfig(lr_scales=(0.3, 1.0, 3.0)),
+      dpo=MethodConfig(lr_scales=(0.003, 0.01, 0.03)),
+      kto=MethodConfig(lr_scales=(0.001, 0.003, 0.01)),
+      dqo=MethodConfig(lr_scales=(0.03, 0.1, 0.3)),
+      oreo_token=MethodConfig(lr_scales=(0.3, 1.0, 3.0)),
       oreo_step=MethodConfig(lr_scales=(1.0,)),
       oreo_response=MethodConfig(lr_scales=(1.0,)),
     ),

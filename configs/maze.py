@@ -65,13 +65,7 @@ def get_config(variant: str = "default") -> Config:
     evaluate=EvaluateConfig(
       max_new_tokens=new_tokens, max_step_tokens=3, top_p=0.95
     ),
-    # OREO's rate above was chosen on validation maps; the baselines search
-    # around it. The share keeps it to an hour; the value is then still learning
-    # what a wall is when training ends (docs/comparison.md).
-    compare=CompareConfig(
-      share=0.3,
-      oreo_token=MethodConfig(lr_scales=(1.0,)),
-      oreo_step=MethodConfig(lr_scales=(1.0,)),
-      oreo_response=MethodConfig(lr_scales=(1.0,)),
-    ),
+    # OREO's rate above and that of rejection sampling were chosen on the same
+    # 500 validation maps, with as many updates (docs/comparison.md).
+    compare=CompareConfig(share=0.3, rejection=MethodConfig(lr_scale=3.0)),
   )

@@ -53,7 +53,7 @@ DQO = Objective(
       "green",
       "dqo",
       alpha=0.0,
-      lr_scales=(0.1, 0.3, 1.0, 3.0),
+      lr_scales=(0.03, 0.1, 0.3, 1.0),
     ),
   ),
 )

@@ -102,7 +102,7 @@ KTO = Objective(
       beta=0.1,
       alpha=0.0,
       lr_scale=0.01,
-      lr_scales=(0.01, 0.03, 0.1, 0.3, 1.0),
+      lr_scales=(0.003, 0.01, 0.03, 0.1),
     ),
   ),
 )

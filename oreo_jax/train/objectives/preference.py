@@ -100,7 +100,7 @@ DPO = Objective(
       beta=0.1,
       alpha=0.0,
       lr_scale=0.1,
-      lr_scales=(0.01, 0.03, 0.1, 0.3),
+      lr_scales=(0.003, 0.01, 0.03, 0.1),
     ),
   ),
 )

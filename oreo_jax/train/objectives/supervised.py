@@ -71,6 +71,12 @@ REJECTION = Objective(
   sequences=right_answers,
   methods=(
     # Paper: the rate of OREO. Neither beta nor alpha is read.
-    Method("rejection", "Rejection sampling", "orange", "rejection"),
+    Method(
+      "rejection",
+      "Rejection sampling",
+      "orange",
+      "rejection",
+      lr_scales=(0.3, 1.0, 3.0, 10.0),
+    ),
   ),
 )
