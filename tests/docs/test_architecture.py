@@ -9,7 +9,7 @@ from test_layers import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "oreo_jax"
-PAGES = ("docs/architecture.md", "CONTRIBUTING.md")
+PAGES = ("docs/architecture.md", "docs/extending.md", "CONTRIBUTING.md")
 
 
 def prose(page):
@@ -111,6 +111,13 @@ def test_the_readme_names_what_exists():
   assert len(names) >= 10
   for name in names:
     assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
+def test_the_readme_has_a_row_for_every_folder_of_the_package():
+  section = (ROOT / "README.md").read_text(encoding="utf-8")
+  rows = re.findall(r"^\| `oreo_jax/(\w+)/` \|", section, re.MULTILINE)
+  folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+  assert sorted(rows) == sorted(folders)
 
 
 def test_the_readme_lists_every_command():
