@@ -1,4 +1,4 @@
-"""Imports inside the package only go down; see CONTRIBUTING.md."""
+"""Imports inside the package only go down; see docs/architecture.md."""
 
 import ast
 import graphlib
