@@ -40,10 +40,10 @@ from oreo_jax.stages.records import (
   RECORD,
   StageRun,
   check_identity,
-  difference,
   has_checkpoints,
   plain,
 )
+from oreo_jax.stages.tokenizer import open_tokenizer, save_tokenizer
 from oreo_jax.stages.weights import (
   load_model,
   random_policy,
@@ -51,8 +51,6 @@ from oreo_jax.stages.weights import (
   saved_roles,
 )
 from oreo_jax.train import get_objective
-
-TOKENIZER_SOURCE = "source.json"
 
 # Settings that change how a stage is run and recorded, not what comes out. The
 # trajectories of `path` are compared by content instead.
@@ -138,11 +136,9 @@ class Workspace:
   @functools.cached_property
   def tokenizer(self) -> Any:
     """The tokenizer: the one in the folder, or the one the config names."""
-    saved = self.path("tokenizer")
-    if saved.is_dir():
-      self._check_tokenizer(saved)
-      return data.load_tokenizer(saved)
-    return self._make_tokenizer()
+    return open_tokenizer(
+      self.path("tokenizer"), self.given_config, self.task, self.trajectories
+    )
 
   @functools.cached_property
   def codec(self) -> Codec:
@@ -163,63 +159,6 @@ class Workspace:
     other.__dict__["tokenizer"] = self.tokenizer
     other.kept_config = self.config
     return other
-
-  def _make_tokenizer(self) -> Any:
-    config = self.given_config
-    settings = config.data
-    if config.init:
-      if settings.tokenizer in ("byte", "bpe"):
-        raise ConfigError(
-          f"config.data.tokenizer={settings.tokenizer!r} would put new tokens "
-          f"over the weights of {config.init}: a checkpoint brings its own "
-          "tokenizer, set --config.data.tokenizer=hf"
-        )
-      return data.load_tokenizer(settings.tokenizer_path or config.init)
-    if settings.tokenizer == "task":
-      made = self.task.make_tokenizer() if self.task else None
-      if made is None:
-        raise ConfigError(
-          f"task {config.task.name!r} brings no tokenizer: set "
-          "--config.init=DIR of a checkpoint that has one, or "
-          "--config.data.tokenizer=byte, bpe or hf"
-        )
-      return made
-    texts: list[str] = []
-    if settings.tokenizer == "bpe":
-      texts = [
-        turn.content
-        for trajectory in self.trajectories()
-        for turn in trajectory.turns
-      ]
-    return data.make_tokenizer(
-      settings.tokenizer,
-      texts=texts,
-      vocab_size=settings.tokenizer_vocab,
-      path=settings.tokenizer_path,
-    )
-
-  def _tokenizer_source(self) -> dict[str, Any]:
-    """Returns the settings that choose the tokenizer."""
-    config = self.given_config
-    names = ("tokenizer", "tokenizer_path", "tokenizer_vocab")
-    return plain(
-      {name: getattr(config.data, name) for name in names}
-      | {"init": config.init, "task": config.task.name}
-    )
-
-  def _check_tokenizer(self, saved: pathlib.Path) -> None:
-    """Refuses a saved tokenizer that other settings chose."""
-    source = saved / TOKENIZER_SOURCE
-    if not source.exists():
-      return
-    changed = difference(files.read_json(source), self._tokenizer_source(), "")
-    if changed:
-      raise ConfigError(
-        f"{saved} was made with other settings "
-        f"({', '.join(name.lstrip('.') for name in changed)}), and a model is "
-        "trained on its tokens: use another --workdir, or remove the folder if "
-        "nothing was trained yet"
-      )
 
   def trajectories(self) -> list[data.Trajectory]:
     """Reads the trajectories to train on: `data.path`, or those collected."""
@@ -307,15 +246,9 @@ class Workspace:
       files.write_json(self.path(folder) / BEGUN, identity)
       settled = self.kept_config or self.config
       save_config(settled, self.directory / "config.py")
-      self._save_tokenizer()
+      save_tokenizer(self.path("tokenizer"), self.tokenizer, self.given_config)
     hosts.wait_for_all(f"{folder} begins")
     return StageRun(self.path(folder), identity)
-
-  def _save_tokenizer(self) -> None:
-    path = self.path("tokenizer")
-    if not path.is_dir():
-      data.save_tokenizer(self.tokenizer, path)
-      files.write_json(path / TOKENIZER_SOURCE, self._tokenizer_source())
 
   def remove(self, names: Sequence[str]) -> None:
     """Removes what a stage left, so that it is done again.
