@@ -129,7 +129,7 @@ def summarise(
     "lr": lr,
     "accuracies": [run["accuracy"] for run in runs],
     "mean": over_seeds.mean,
-    "std": over_seeds.std if over_seeds.count > 1 else None,
+    "std": over_seeds.std if over_seeds.num_seeds > 1 else None,
     "against_sft": against,
     "seconds": float(np.mean([run["seconds"] for run in runs])),
   }

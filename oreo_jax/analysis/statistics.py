@@ -17,7 +17,7 @@ class CalibrationBins(NamedTuple):
 
   predicted: np.ndarray  # f64[n] mean prediction in the bin
   observed: np.ndarray  # f64[n] mean outcome in the bin
-  count: np.ndarray  # i64[n] examples in the bin
+  counts: np.ndarray  # i64[n] examples in the bin
 
 
 class PairedTest(NamedTuple):
@@ -36,7 +36,7 @@ class Spread(NamedTuple):
   mean: float
   std: float  # sample standard deviation (n - 1); nan for one seed
   interval: tuple[float, float]  # Student t of the mean; nan for one seed
-  count: int
+  num_seeds: int
 
 
 def wilson_interval(

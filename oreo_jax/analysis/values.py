@@ -101,6 +101,6 @@ def analyse(
     "calibration": {
       "predicted": bins.predicted.tolist(),
       "observed": bins.observed.tolist(),
-      "count": bins.count.tolist(),
+      "count": bins.counts.tolist(),
     },
   }

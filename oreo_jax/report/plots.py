@@ -215,9 +215,9 @@ def calibration(
 
 def auc_by_length(
   tenths: Sequence[float],
-  within: Sequence[float],
-  interval: Sequence[Sequence[float]],
-  pooled: Sequence[float] | None,
+  within: Sequence[float | None],
+  interval: Sequence[Sequence[float | None]],
+  pooled: Sequence[float | None] | None,
 ) -> str:
   """AUC at every tenth of the answer, 1/2 being a coin."""
   with matplotlib.rc_context(STYLE):
@@ -225,13 +225,21 @@ def auc_by_length(
     ends = np.asarray(interval, np.float64).T
     axes.fill_between(tenths, *ends, color=COLOURS["blue"], alpha=0.18, lw=0)
     axes.plot(
-      tenths, within, color=COLOURS["blue"], marker="o", label="within problems"
+      tenths,
+      np.asarray(within, np.float64),
+      color=COLOURS["blue"],
+      marker="o",
+      label="within problems",
     )
     if pooled is not None:
       axes.plot(
-        tenths, pooled, color=COLOURS["grey"], ls=(0, (4, 3)), lw=1.4,
+        tenths,
+        np.asarray(pooled, np.float64),
+        color=COLOURS["grey"],
+        ls=(0, (4, 3)),
+        lw=1.4,
         label="pooled",
-      )  # fmt: skip
+      )
     axes.axhline(0.5, color=COLOURS["muted"], lw=1)
     axes.annotate(
       "coin",
@@ -251,7 +259,9 @@ def auc_by_length(
 
 
 def means_by_length(
-  tenths: Sequence[float], correct: Sequence[float], wrong: Sequence[float]
+  tenths: Sequence[float],
+  correct: Sequence[float | None],
+  wrong: Sequence[float | None],
 ) -> str:
   """Mean value of right and wrong answers as they grow."""
   with matplotlib.rc_context(STYLE):
@@ -261,7 +271,11 @@ def means_by_length(
       (wrong, "wrong answers", "orange", "s"),
     ):
       axes.plot(
-        tenths, numbers, color=COLOURS[colour], marker=marker, label=name
+        tenths,
+        np.asarray(numbers, np.float64),
+        color=COLOURS[colour],
+        marker=marker,
+        label=name,
       )
     _length_axis(axes)
     axes.set_ylabel("mean value")

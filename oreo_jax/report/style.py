@@ -30,7 +30,8 @@ COLOURS = {
   "grey": "#808993",
 }
 
-STYLE = {
+# Any: matplotlib types the keys as the literals it knows, not as strings.
+STYLE: Any = {
   "font.size": 9.5,
   "axes.titlesize": 10,
   "axes.labelsize": 9.5,

@@ -123,9 +123,10 @@ def measure(branch: Branch, stage: str, split: str) -> dict[str, Any]:
   """
   if branch.is_done(MEASURES[split]):
     return branch.record(split)
+  task = branch.need_task("a held-out accuracy needs problems")
   exam = Exam(
-    branch.task.problems(split, branch.problem_count(split) or None),
-    branch.task,
+    task.problems(split, branch.problem_count(split) or None),
+    task,
     branch.codec,
     branch.config.model,
     branch.config.evaluate,

@@ -181,11 +181,9 @@ def compare(workspace: Workspace) -> ComparisonResults:
   """
   config = workspace.config
   settings = config.compare
-  if workspace.task is None:
-    raise ConfigError(
-      "a comparison needs problems to train and to measure on: set "
-      "--config.task.name"
-    )
+  task = workspace.need_task(
+    "a comparison needs problems to train and to measure on"
+  )
   if config.evaluate.split == "validation":
     raise ConfigError(
       "config.evaluate.split=validation chooses the learning rates of a "
@@ -195,10 +193,8 @@ def compare(workspace: Workspace) -> ComparisonResults:
   if settings.rounds > 1 and settings.round_seeds:
     check_rounds(workspace, settings.rounds)
   # A split that is too small is better noticed now than after the training.
-  workspace.task.problems("validation", settings.validation_problems)
-  workspace.task.problems(
-    config.evaluate.split, config.evaluate.problems or None
-  )
+  task.problems("validation", settings.validation_problems)
+  task.problems(config.evaluate.split, config.evaluate.problems or None)
   enabled = workspace.is_chief
   total = planned_cost(config)
   with Progress(total, "compare", unit="unit", enabled=enabled) as progress:
@@ -222,7 +218,7 @@ def compare(workspace: Workspace) -> ComparisonResults:
             rows = plan.rounds(home, name, cell)
             rounds.setdefault(name, {})[str(seed)] = rows
   results = {
-    "task": workspace.task.name,
+    "task": task.name,
     "split": config.evaluate.split,
     "seeds": list(range(settings.seeds)),
     "problems": measured["sft"][0]["total"],

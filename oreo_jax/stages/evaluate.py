@@ -37,6 +37,7 @@ from oreo_jax.stages.trajectories import (
   judge_trajectories,
 )
 from oreo_jax.stages.workspace import Workspace
+from oreo_jax.tasks import Task
 from oreo_jax.train import OBJECTIVES
 
 
@@ -57,7 +58,7 @@ def evaluate(workspace: Workspace) -> Evaluation:
     return read_results(workspace.directory)
   if workspace.task is None:
     return _evaluate_trajectories(workspace, path)
-  return _evaluate_task(workspace, path)
+  return _evaluate_task(workspace, workspace.task, path)
 
 
 def trained_stages(config: Config, workspace: Workspace) -> list[str]:
@@ -86,9 +87,11 @@ def _is_current(workspace: Workspace) -> bool:
   return workspace.is_done(EVALUATE)
 
 
-def _evaluate_task(workspace: Workspace, path: pathlib.Path) -> Evaluation:
+def _evaluate_task(
+  workspace: Workspace, task: Task, path: pathlib.Path
+) -> Evaluation:
   """Has every trained policy answer held-out problems."""
-  config, task = workspace.config, workspace.task
+  config = workspace.config
   settings = config.evaluate
   stages = trained_stages(config, workspace)
   if not stages:

@@ -65,16 +65,16 @@ def iterate(workspace: Workspace) -> Rounds:
   with Progress(config.rounds, "rounds", unit="round", enabled=enabled) as bar:
     start = Branch(config, workspace.directory / "round0", Origin(workspace))
     rows = [round_row(0, measure(start, "", split))]
-    last = None
+    last = start
     for number in range(1, config.rounds + 1):
       directory = workspace.directory / f"round{number}"
-      origin = Origin(last, objective) if last else Origin(workspace)
+      origin = Origin(last, objective) if number > 1 else Origin(workspace)
       last = Branch(round_config(config, number), directory, origin)
       rows.append(play_round(last, number))
       bar.update(accuracy=rows[-1]["accuracy"])
   evaluate(last)
   results = {
-    "task": workspace.task.name,
+    "task": workspace.need_task("rounds need problems").name,
     "objective": objective,
     "split": split,
     "critic": config.round_critic,

@@ -24,10 +24,7 @@ _SEED_STRIDE = 1000
 def check_rounds(workspace: Workspace, rounds: int) -> None:
   """Raises a ConfigError before anything runs that could not end."""
   config = workspace.config
-  if workspace.task is None:
-    raise ConfigError(
-      "rounds need problems to collect on: set --config.task.name"
-    )
+  task = workspace.need_task("rounds need problems to collect on")
   if config.round_critic == "continue" and config.critic.kind != "separate":
     raise ConfigError(
       f"config.round_critic=continue needs a value network of its own, not "
@@ -37,7 +34,7 @@ def check_rounds(workspace: Workspace, rounds: int) -> None:
   if config.round_problems == "fresh":
     last = round_config(config, rounds).collect
     want = last.skip + last.problems
-    available = len(workspace.task.problems("train", want))
+    available = len(task.problems("train", want))
     if available < want:
       raise ConfigError(
         f"{rounds} rounds of fresh problems need {want} training problems and "

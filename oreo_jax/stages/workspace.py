@@ -116,6 +116,12 @@ class Workspace:
       return None
     return tasks.get_task(settings.name, **settings.options)
 
+  def need_task(self, reason: str) -> tasks.Task:
+    """Returns the task; a ConfigError says the reason where there is none."""
+    if self.task is None:
+      raise ConfigError(f"{reason}: set --config.task.name")
+    return self.task
+
   @functools.cached_property
   def config(self) -> Config:
     """The config with what it left open: architecture and vocabulary."""

@@ -52,7 +52,7 @@ def test_calibration_bins_by_hand():
   )
   np.testing.assert_allclose(result.predicted, [-0.05, 0.3, 0.95, 1.25])
   np.testing.assert_allclose(result.observed, [0.5, 0.0, 1.0, 0.5])
-  np.testing.assert_array_equal(result.count, [2, 1, 1, 2])
+  np.testing.assert_array_equal(result.counts, [2, 1, 1, 2])
 
 
 def test_calibration_bins_lie_where_the_predictions_are():
@@ -60,12 +60,12 @@ def test_calibration_bins_lie_where_the_predictions_are():
   # one.
   predicted = np.linspace(0.5, 9.5, 100)
   result = statistics.calibration_bins(predicted, predicted > 5, bins=10)
-  np.testing.assert_array_equal(result.count, np.full(10, 10))
+  np.testing.assert_array_equal(result.counts, np.full(10, 10))
   shifted = statistics.calibration_bins(predicted - 40, predicted > 5, bins=10)
   np.testing.assert_array_equal(shifted.observed, result.observed)
   equal = statistics.calibration_bins(np.full(4, 0.3), np.array([0, 1, 1, 1]))
   np.testing.assert_allclose(equal, [[0.3], [0.75], [4]])
-  assert statistics.calibration_bins(np.zeros(0), np.zeros(0)).count.size == 0
+  assert statistics.calibration_bins(np.zeros(0), np.zeros(0)).counts.size == 0
 
 
 def test_calibration_bins_keep_the_means():
@@ -73,11 +73,11 @@ def test_calibration_bins_keep_the_means():
   predicted = rng.random(500)
   observed = rng.random(500) < predicted
   result = statistics.calibration_bins(predicted, observed)
-  assert result.count.sum() == 500
-  assert result.predicted @ result.count / 500 == pytest.approx(
+  assert result.counts.sum() == 500
+  assert result.predicted @ result.counts / 500 == pytest.approx(
     predicted.mean()
   )
-  assert result.observed @ result.count / 500 == pytest.approx(observed.mean())
+  assert result.observed @ result.counts / 500 == pytest.approx(observed.mean())
 
 
 def test_paired_test_against_sums_of_binomials():
