@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices and strict dtype promotion for every test."""
+"""Eight simulated CPU devices, strict dtype and rank promotion everywhere."""
 
 import os
 
@@ -11,3 +11,4 @@ os.environ["XLA_FLAGS"] = (
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
