@@ -7,6 +7,8 @@
 The only module that reads flags, starts `jax.distributed` or prints.
 """
 
+from __future__ import annotations
+
 import os
 import pathlib
 import re

@@ -10,6 +10,8 @@ setting can be added without a check: a number is finite and, unless its limits
 say otherwise, not negative. What depends on two settings at once is a rule.
 """
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import difflib

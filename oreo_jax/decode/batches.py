@@ -4,6 +4,8 @@ Prompts are taken by length, so that a batch wastes little room, and the room
 for the prompt is rounded up, so that few shapes are compiled.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 

@@ -6,6 +6,8 @@ on. The whole search is one jitted loop around `step.advance`; the caches of
 policy and value network advance together.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple

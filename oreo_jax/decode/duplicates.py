@@ -1,5 +1,7 @@
 """Which candidates of a search say the same."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 

@@ -1,5 +1,7 @@
 """Generation: a prefill, then one jitted loop over the KV cache."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 

@@ -6,6 +6,8 @@ a beam, shares the cache of its prefix and keeps its own tokens in a small one,
 so that a step writes one slot and the long part is read once for all branches.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 

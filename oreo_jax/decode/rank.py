@@ -1,5 +1,7 @@
 """Choosing among whole answers: best-of-N by value, and votes."""
 
+from __future__ import annotations
+
 import collections
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple

@@ -4,6 +4,8 @@ Applied in that order, as `transformers` does; every function maps logits
 f32[B, V] to logits f32[B, V] with the excluded tokens at -inf.
 """
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax

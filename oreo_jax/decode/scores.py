@@ -1,5 +1,7 @@
 """What the candidates of a search are ranked by."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """One step of a search: its plan, its state, and `advance` to the next one."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import NamedTuple

@@ -13,6 +13,8 @@ level knows the question alone and cannot tell its answers apart, so it is
 refused here.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -4,6 +4,8 @@ Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head
 width, G = N/K queries that share a key.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -6,6 +6,8 @@ One block serves every family: bias on q/k/v (Qwen2), RMSNorm on q and k
 `jax.lax.scan`. Only `functional.py` builds and calls these classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 

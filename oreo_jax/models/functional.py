@@ -6,6 +6,8 @@ model as the functions below. A module is built once a (config, head) under
 with the caller's arrays at trace time.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any, NamedTuple

@@ -8,6 +8,8 @@ The functions below take parameter trees apart and put them together; none of
 them copies the base.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -5,6 +5,8 @@ before any download: memory plans, ahead-of-time compilation, random weights
 of a real shape.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 

@@ -5,8 +5,6 @@ evaluation, `<stage>/metrics.jsonl` of every training stage, and the resolved
 configuration. What a run does not have is left out, and the report says so.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tasks: prompts, verifiers and, for the embedded ones, teachers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

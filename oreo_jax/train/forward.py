@@ -1,5 +1,7 @@
 """What the networks of a stage say of a batch."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 

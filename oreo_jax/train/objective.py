@@ -4,6 +4,8 @@ A training stage holds its `Objective` and asks it for everything that differs
 between OREO and the baselines: the loss, the networks, the data.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -59,7 +61,7 @@ class Method:
   lr_scales: tuple[float, ...] = (0.3, 1.0, 3.0)
   epochs: float = 0.0
 
-  def given(self, config: Config) -> "Method":
+  def given(self, config: Config) -> Method:
     """Returns the row with what its section in `config.compare` says."""
     own = getattr(config.compare, self.name, None) or MethodConfig()
     return dataclasses.replace(

@@ -1,5 +1,7 @@
 """Optimisers and learning-rate schedules of the training stages."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -4,6 +4,8 @@ A role is a row of `ROLES`. Which parameters are made, trained, averaged,
 sharded and saved follows from the rows; nothing else lists the networks.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

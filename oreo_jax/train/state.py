@@ -1,5 +1,7 @@
 """What a training stage carries from step to step, and how it is sharded."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

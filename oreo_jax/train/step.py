@@ -4,6 +4,8 @@
 backward pass a micro-batch over the sum of the losses, one update a network.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -6,6 +6,8 @@ layer dimension) that it joins. `((1, 2), (0,))` reads: first dimension = heads
 x head_dim, second = embedding. One table serves import and export.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Mapping

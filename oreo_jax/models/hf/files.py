@@ -3,6 +3,8 @@
 Nothing is unpickled and no code of a checkpoint runs.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
 from collections.abc import Iterable, Mapping

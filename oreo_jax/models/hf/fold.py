@@ -7,6 +7,8 @@ up to the rounding of the scaled weights (half a unit in the last place of the
 dtype they are stored in), and every server of Llama models reads it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 

@@ -5,6 +5,8 @@ that its own devices hold leave the disk. Safetensors only (or GGUF through
 `transformers`' reader): nothing is unpickled and no code of a checkpoint runs.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

@@ -5,6 +5,8 @@ processes all of them call the functions here, because gathering a parameter
 takes every process, and process 0 writes.
 """
 
+from __future__ import annotations
+
 import contextlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,6 +8,8 @@ first (SIGPROF) counts processor time alone, so that a busy machine does not
 change which answers are too slow; the second (SIGALRM) counts wall time.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import resource

@@ -1,5 +1,7 @@
 """What several objectives have in common: counts, selections of the data."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

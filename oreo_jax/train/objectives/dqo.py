@@ -1,5 +1,7 @@
 """DQO: soft actor-critic with the Q-function read off the policy."""
 
+from __future__ import annotations
+
 import jax
 
 from oreo_jax import losses

@@ -1,5 +1,7 @@
 """KTO: answers that are desirable or not, without pairs."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

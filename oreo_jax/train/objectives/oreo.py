@@ -1,5 +1,7 @@
 """OREO, and its value network alone."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """DPO: pairs of a right and a wrong answer to one problem."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Imitation: of demonstrations (SFT), or of right answers (rejection)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax
