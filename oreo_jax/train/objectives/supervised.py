@@ -33,7 +33,7 @@ def negative_log_likelihood(
     segment_ids=rows.segment_ids,
     action_count=totals.actions,
   )
-  return loss, {"policy/nll": jax.lax.stop_gradient(loss)}
+  return loss, {"policy/nll": loss}
 
 
 def prepare_text(
