@@ -303,8 +303,8 @@ class LoraConfig(Section):
   targets: tuple = setting(
     PROJECTIONS, entry=str, choices=PROJECTIONS, nonempty=True
   )
-  # Adapt the last n layers; 0: all. Those below need no backward pass and keep
-  # no activations for one.
+  # Adapt the last n layers; 0: all. Those below run once a batch for all the
+  # networks, need no backward pass and keep no activations for one.
   last_layers: int = 0
 
 

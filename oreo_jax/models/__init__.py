@@ -15,6 +15,7 @@ from oreo_jax.models.functional import (
   logical_axes,
   logits,
   segment_positions,
+  trunk,
   value_params,
   values,
 )
@@ -54,6 +55,7 @@ __all__ = [
   "save_hf",
   "segment_positions",
   "split_adapters",
+  "trunk",
   "value_params",
   "values",
   "without_adapters",

@@ -197,6 +197,63 @@ class Decoder(nnx.Module):
   ) -> jax.Array:
     """Runs packed rows; returns the hidden states [B, T, D]."""
     c = self.config
+    x = self._embed(tokens)
+    frozen = c.num_layers - c.lora_layers if c.lora_layers else 0
+    if frozen:
+      # Nothing is trained below the adapted layers.
+      x = self.layer_range(x, positions, segment_ids, 0, frozen, trained=False)
+    x = self.layer_range(x, positions, segment_ids, frozen, c.num_layers)
+    return self.final_norm(x)
+
+  def trunk(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    depth: int,
+  ) -> jax.Array:
+    """Runs the first `depth` layers, frozen; returns the stream [B, T, D]."""
+    x = self._embed(tokens)
+    return self.layer_range(x, positions, segment_ids, 0, depth, trained=False)
+
+  def above(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    depth: int,
+  ) -> jax.Array:
+    """Goes on from what `trunk` returned; returns what `__call__` does."""
+    x = constrain_batch(x.astype(self.config.dtype))
+    last = self.config.num_layers
+    return self.final_norm(
+      self.layer_range(x, positions, segment_ids, depth, last)
+    )
+
+  def layer_range(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    first: int,
+    last: int,
+    *,
+    trained: bool = True,
+  ) -> jax.Array:
+    """Runs the layers first, ..., last - 1 over packed rows.
+
+    Args:
+      x: [B, T, D], what enters them.
+      positions: i32[B, T].
+      segment_ids: i32[B, T].
+      first: index of the first layer to run.
+      last: index after that of the last one.
+      trained: whether gradients flow through them.
+
+    Returns:
+      [B, T, D].
+    """
+    c = self.config
     mask = attention.packed_mask(segment_ids, sliding_window=c.sliding_window)
 
     def attend(
@@ -212,19 +269,14 @@ class Decoder(nnx.Module):
 
     if c.remat != "none":
       layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[c.remat])
-    x = self._embed(tokens)
-    if c.lora_layers:
-      # Nothing is trained below the adapted layers. The gradient is stopped
-      # where activations and where weights enter them, so that JAX makes no
-      # tangent, no residual and no backward pass of these layers.
-      count = c.num_layers - c.lora_layers
-      frozen = jax.tree.map(lambda p: p[:count], stacked)
-      stacked = jax.tree.map(lambda p: p[count:], stacked)
-      x, _ = jax.lax.scan(
-        layer, *jax.lax.stop_gradient((x, frozen)), unroll=c.unroll
-      )
+    if (first, last) != (0, c.num_layers):
+      stacked = jax.tree.map(lambda p: p[first:last], stacked)
+    if not trained:
+      # The gradient is stopped where activations and where weights enter the
+      # layers, so that JAX makes no tangent, no residual and no backward pass.
+      x, stacked = jax.lax.stop_gradient((x, stacked))
     x, _ = jax.lax.scan(layer, x, stacked, unroll=c.unroll)
-    return self.final_norm(x)
+    return x
 
   def read(
     self, tokens: jax.Array, positions: jax.Array, cache: Cache

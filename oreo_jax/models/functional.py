@@ -53,8 +53,10 @@ def apply(
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   cache: Cache | None = None,
+  start: jax.Array | None = None,
+  start_layer: int = 0,
 ) -> Output:
-  """Runs the trunk and returns hidden states.
+  """Runs the layers and returns hidden states.
 
   Two modes. Without a cache: packed training rows; attention is causal within
   a segment. With a cache: the tokens are written at their positions (those
@@ -70,6 +72,9 @@ def apply(
     segment_ids: i32[B, T], 0 = padding, k > 0 = k-th sequence of the row; one
       sequence a row by default. Not read in cache mode.
     cache: of `init_cache`.
+    start: [B, T, D], what `trunk` said of the same rows; only the layers above
+      it are run. Not in cache mode.
+    start_layer: how many layers that trunk has.
 
   Returns:
     Output(hidden [B, T, D], cache).
@@ -77,6 +82,59 @@ def apply(
   Raises:
     ValueError: when shapes do not agree.
   """
+  positions, segment_ids = _layout(tokens, positions, segment_ids)
+  module = _module(params, config)
+  if cache is not None:
+    return Output(*module.read(tokens, positions, cache))
+  if start is None:
+    return Output(module(tokens, positions, segment_ids), None)
+  if start.shape != (*tokens.shape, config.embed_dim):
+    raise ValueError(
+      f"start: expected {(*tokens.shape, config.embed_dim)}, what `trunk` "
+      f"says of these tokens, got {start.shape}"
+    )
+  _check_depth("start_layer", start_layer, config)
+  return Output(module.above(start, positions, segment_ids, start_layer), None)
+
+
+def trunk(
+  params: Params,
+  tokens: jax.Array,
+  config: ModelConfig,
+  *,
+  depth: int,
+  positions: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+) -> jax.Array:
+  """Runs the first layers of a model over packed rows, frozen.
+
+  Networks that have these layers in common go on from here, each with
+  `apply(..., start=states, start_layer=depth)`. No gradient reaches the layers,
+  so that they keep nothing for a backward pass.
+
+  Args:
+    params: as `init` returns them.
+    tokens: i32[B, T].
+    config: the architecture.
+    depth: how many layers are run, in [1, L].
+    positions: i32[B, T], as in `apply`.
+    segment_ids: i32[B, T], as in `apply`.
+
+  Returns:
+    [B, T, D] in the dtype of the config: what enters layer `depth`. What it
+    says of a sequence does not depend on the others in its row.
+  """
+  positions, segment_ids = _layout(tokens, positions, segment_ids)
+  _check_depth("depth", depth, config)
+  return _module(params, config).trunk(tokens, positions, segment_ids, depth)
+
+
+def _layout(
+  tokens: jax.Array,
+  positions: jax.Array | None,
+  segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns positions and segment ids, the defaults where there are none."""
   if tokens.ndim != 2:
     raise ValueError(f"tokens: expected [B, T], got {tokens.shape}")
   for name, array in (("positions", positions), ("segment_ids", segment_ids)):
@@ -89,10 +147,14 @@ def apply(
     segment_ids = jnp.ones_like(tokens)
   if positions is None:
     positions = segment_positions(segment_ids)
-  module = _module(params, config)
-  if cache is not None:
-    return Output(*module.read(tokens, positions, cache))
-  return Output(module(tokens, positions, segment_ids), None)
+  return positions, segment_ids
+
+
+def _check_depth(name: str, depth: int, config: ModelConfig) -> None:
+  if not 1 <= depth <= config.num_layers:
+    raise ValueError(
+      f"{name} is {depth}, expected 1..{config.num_layers}, layers of the model"
+    )
 
 
 def apply_branches(

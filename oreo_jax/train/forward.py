@@ -8,10 +8,15 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from oreo_jax import losses, models
-from oreo_jax.config import ModelConfig
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
-from oreo_jax.train.roles import ROLES, full_configs, full_params
+from oreo_jax.train.roles import (
+  BASE,
+  ROLES,
+  full_configs,
+  full_params,
+  trunk_depth,
+)
 from oreo_jax.train.setup import Setup
 
 
@@ -74,19 +79,29 @@ def forward(
   networks = full_params({**params, **(averages or {})}, ref, setup)
   configs = full_configs(setup)
 
-  def hidden(weights: Params, config: ModelConfig) -> jax.Array:
+  # Below the adapted layers all networks on the frozen base are the base, so
+  # these layers are run once. (Without a base `full_params` has raised.)
+  depth = trunk_depth(setup)
+  shared = None
+  if depth and ref is not None:
+    shared = run_trunk(ref, batch, setup, depth)
+
+  def hidden(name: str, weights: Params) -> jax.Array:
+    start = shared if ROLES[name].trunk(setup) == BASE else None
     return models.apply(
       weights,
       batch.tokens,
-      config,
+      configs[name],
       positions=batch.positions,
       segment_ids=batch.segment_ids,
+      start=start,
+      start_layer=depth,
     ).hidden
 
-  def logprobs(name: str, trunk: jax.Array, **options: Any):
+  def logprobs(name: str, states: jax.Array, **options: Any):
     config = configs[name]
     return losses.token_logprobs(
-      trunk,
+      states,
       models.head_matrix(networks[name], config),
       batch.targets,
       chunk_size=setup.stage.loss_chunk,
@@ -102,25 +117,39 @@ def forward(
     if "reference" in configs:
       if ref is None:
         raise ValueError("ref: the objective reads a reference, got None")
-      reference["ref_hidden"] = hidden(ref, configs["reference"])
+      reference["ref_hidden"] = hidden("reference", ref)
       reference["ref_head"] = models.head_matrix(ref, configs["reference"])
       if setup.train.kl != "k3":
         reference["kl_direction"] = setup.train.kl
-    policy_hidden = hidden(networks["policy"], configs["policy"])
+    policy_hidden = hidden("policy", networks["policy"])
     tokens = logprobs("policy", policy_hidden, **reference)
 
   values = None
   if "critic" in networks:
     critic = networks["critic"]
     # A head on the policy's trunk reads what the policy has computed already.
-    shared = ROLES["critic"].trunk(setup) == "policy"
-    trunk = policy_hidden if shared else None
-    if trunk is None:
-      trunk = hidden(critic, configs["critic"])
-    values = models.values(critic, trunk)
+    on_policy = ROLES["critic"].trunk(setup) == "policy"
+    states = policy_hidden if on_policy else None
+    if states is None:
+      states = hidden("critic", critic)
+    values = models.values(critic, states)
 
   target_logps = None
   if "target" in networks:
-    trunk = hidden(networks["target"], configs["target"])
-    target_logps = logprobs("target", trunk).logps
+    states = hidden("target", networks["target"])
+    target_logps = logprobs("target", states).logps
   return Forward(tokens, values, target_logps)
+
+
+def run_trunk(
+  base: Params, batch: Batch, setup: Setup, depth: int
+) -> jax.Array:
+  """Runs the first layers of the frozen base over a packed batch: [B, T, D]."""
+  return models.trunk(
+    base,
+    batch.tokens,
+    setup.model,
+    depth=depth,
+    positions=batch.positions,
+    segment_ids=batch.segment_ids,
+  )

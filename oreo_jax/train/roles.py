@@ -190,6 +190,20 @@ def needs_base(setup: Setup) -> bool:
   return any(role.trunk(setup) == BASE for role in roles_of(setup))
 
 
+def trunk_depth(setup: Setup) -> int:
+  """Returns how many first layers all networks that stand on the base share.
+
+  With adapters in the last layers alone, the layers below them are the base's
+  in all those networks, and say the same of a batch. 0: nothing is shared.
+  """
+  adapted = any(
+    role.trunk(setup) == BASE and role.config(setup).lora_rank
+    for role in roles_of(setup)
+  )
+  last = setup.lora.last_layers
+  return setup.model.num_layers - last if adapted and last else 0
+
+
 def first_weights(
   role: Role, key: jax.Array, setup: Setup, base: Params
 ) -> Params | jax.Array:
