@@ -115,6 +115,7 @@ class Objective:
     sequences: (trajectories, tokenize, config) -> what the loader packs.
     reads: further roles whose outputs the loss reads.
     batch: (loader, step) -> what a step gets; its leaves are split by rows.
+    extra_forwards: forward passes over such a batch that `prepare` makes.
     group_size: answers that must share a row, side by side.
     section: of the config, where its batches and its optimiser are set.
     methods: its rows in the table of `oreo compare`.
@@ -128,6 +129,7 @@ class Objective:
   sequences: Callable[..., Sequence[Any]]
   reads: tuple[str, ...] = ()
   batch: Callable[[Loader, int], Any] = batch_of_step
+  extra_forwards: int = 0
   group_size: int = 1
   section: str = "train"
   methods: tuple[Method, ...] = ()

@@ -94,6 +94,7 @@ KTO = Objective(
   prepare=prepare_reference_point,
   sequences=all_answers,
   batch=mismatched_batch,
+  extra_forwards=1,
   methods=(
     # Paper: a hundredth of OREO's rate; beta 0.1 is KTO's own default.
     Method(
