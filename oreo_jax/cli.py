@@ -44,6 +44,13 @@ _WORKDIR = flags.DEFINE_string(
 _OVERWRITE = flags.DEFINE_bool(
   "overwrite", False, "Do the stage again, removing what it left."
 )
+_PROFILE = flags.DEFINE_string(
+  "profile",
+  "",
+  "FIRST:LAST, steps of every training stage of which a profiler trace is "
+  "written into <workdir>/<stage>/profile; short for "
+  "--config.sft.profile=FIRST,LAST and --config.train.profile=FIRST,LAST.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
@@ -79,6 +86,8 @@ def _main(argv: Sequence[str]) -> None:
   config = _CONFIG.value
   if not isinstance(config, Config):
     raise app.UsageError(f"--config=FILE is needed\n{_usage()}")
+  if _PROFILE.value:
+    _set_profile(config, _PROFILE.value, name)
   logging.set_verbosity(logging.INFO)
   # Libraries below log at INFO what nobody asked for.
   logging.get_absl_handler().addFilter(_is_ours)
@@ -91,6 +100,25 @@ def _main(argv: Sequence[str]) -> None:
     workspace.remove(STAGES[name].leaves(config))
   with jax.set_mesh(workspace.mesh):
     STAGES[name].run(workspace, _say)
+
+
+def _set_profile(config: Config, text: str, command: str) -> None:
+  """Has the training stages of a command trace the steps that a flag names."""
+  from oreo_jax.stages import STAGES
+
+  steps = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+  if steps is None or int(steps[1]) > int(steps[2]):
+    raise ConfigError(
+      f"--profile={text}: expected the first and the last step of a trace, "
+      "counted from 1, as in --profile=10:13"
+    )
+  if not STAGES[command].trains:
+    trainers = ", ".join(name for name, s in STAGES.items() if s.trains)
+    raise ConfigError(
+      f"--profile={text}: `oreo {command}` does not train; the commands that "
+      f"do are {trainers}"
+    )
+  config.sft.profile = config.train.profile = (int(steps[1]), int(steps[2]))
 
 
 def _is_ours(record) -> bool:

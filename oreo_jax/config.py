@@ -185,6 +185,8 @@ class StageConfig(Section):
   checkpoint_every: int = 500  # steps between checkpoints; 0: only the last
   keep_checkpoints: int = 2  # newest kept; 0: all
   loss_chunk: int = positive(512)  # positions of a chunk of the output head
+  # First and last step of a profiler trace, counted from 1; empty: none.
+  profile: tuple = setting((), entry=int, above=0)
   seed: int = 0  # of the order of the data
 
   def rules(self) -> Iterator[Rule]:
@@ -198,6 +200,12 @@ class StageConfig(Section):
       self.batch_size % self.grad_accum == 0,
       "grad_accum",
       f"a divisor of batch_size={self.batch_size}",
+    )
+    yield Rule(
+      len(self.profile) in (0, 2)
+      and list(self.profile) == sorted(self.profile),
+      "profile",
+      "the first and the last step of a trace, as in --profile=10:13",
     )
 
 

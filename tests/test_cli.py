@@ -129,6 +129,24 @@ def test_unknown_key_and_wrong_type_are_one_line_each(tmp_path):
   assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+  "command, steps, message",
+  [
+    ("sft", "13:10", "--profile=13:10: expected the first and the last step"),
+    ("sft", "0:3", "--profile=0:3: expected the first and the last step"),
+    ("sft", "ten", "--profile=ten: expected the first and the last step"),
+    ("evaluate", "1:2", "`oreo evaluate` does not train; the commands that do"),
+  ],
+)
+def test_a_wrong_profile_is_one_line(tmp_path, command, steps, message):
+  code, _, error = oreo(
+    command, f"--config={MAZE}", f"--profile={steps}", cwd=tmp_path
+  )
+  assert code == 2 and message in error
+  assert "Traceback" not in error
+  assert not list(tmp_path.iterdir())
+
+
 def test_saved_config_with_a_setting_that_is_gone_is_one_line(tmp_path):
   path = tmp_path / "config.py"
   save_config(Config(), path)

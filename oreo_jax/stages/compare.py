@@ -335,5 +335,6 @@ COMPARE = Stage(
   name="compare",
   summary="all objectives over several seeds",
   run=run,
+  trains=True,
   leaves=lambda config: ("compare",),
 )

@@ -91,6 +91,7 @@ ITERATE = Stage(
   name="iterate",
   summary="rounds of collecting and training",
   run=run,
+  trains=True,
   leaves=lambda config: (
     *(f"round{number}" for number in range(config.rounds + 1)),
     ROUNDS_NAME,

@@ -32,6 +32,7 @@ RUN = Stage(
   name="run",
   summary="all of these",
   run=run,
+  trains=True,
   leaves=lambda config: (
     *sft.SFT.leaves(config),
     *collect.COLLECT.leaves(config),

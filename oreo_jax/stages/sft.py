@@ -54,6 +54,7 @@ SFT = Stage(
   name="sft",
   summary="fine-tunes on the task's demonstrations",
   run=run,
+  trains=True,
   settings=("seed", "init", "model", "task", "data", "sft"),
   leaves=lambda config: ("sft", "tokenizer"),
 )

@@ -24,8 +24,10 @@ class Stage(Work):
     run: does the work and says what came out; a stage that is done returns at
       once.
     leaves: names in the work directory that `--overwrite` removes.
+    trains: whether networks are trained, so that there are steps to profile.
   """
 
   summary: str
   run: Callable[[Workspace, Say], None]
   leaves: Callable[[Config], tuple[str, ...]]
+  trains: bool = False

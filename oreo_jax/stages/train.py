@@ -150,6 +150,7 @@ TRAIN = Stage(
   name="train",
   summary="trains train.objective on trajectories",
   run=run,
+  trains=True,
   settings=("seed", "init", "model", "data", "critic", "lora", "train"),
   reads=_reads,
   leaves=_leaves,

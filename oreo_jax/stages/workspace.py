@@ -60,6 +60,7 @@ _NO_MATTER = (
   "checkpoint_every",
   "keep_checkpoints",
   "loss_chunk",
+  "profile",
   "remat",
   "unroll",
   "path",

@@ -7,11 +7,11 @@ nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 
 import jax
@@ -25,10 +25,12 @@ from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.sharding import shard_batch
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
+from oreo_jax.train.meter import Meter, brief
 from oreo_jax.train.roles import needs_base
 from oreo_jax.train.setup import Setup
 from oreo_jax.train.state import TrainState, init_state, state_shardings
 from oreo_jax.train.step import make_train_step
+from oreo_jax.train.trace import StepTrace
 
 
 class DivergedError(RuntimeError):
@@ -58,7 +60,8 @@ def fit(
     loader: gives the batch of every step.
     setup: what is fixed during the stage.
     mesh: the device mesh, in force while this runs.
-    directory: gets `checkpoints/`, `metrics.jsonl` and TensorBoard files.
+    directory: gets `checkpoints/`, `metrics.jsonl`, TensorBoard files and,
+      with `stage.profile`, `profile/`.
     seed: of fresh adapters.
     critic: a value network to go on with.
     description: shown beside the progress bar.
@@ -70,6 +73,7 @@ def fit(
     The state after the last step.
 
   Raises:
+    ConfigError: if `stage.profile` names a step that the stage has not.
     DivergedError: when the loss, a gradient or what is measured is not
       finite; the last checkpoint stays.
     PreemptedError: after a SIGTERM to any process, with the state saved; all
@@ -104,44 +108,59 @@ def fit(
   step_fn = make_train_step(setup, abstract, mesh)
   ref = base if needs_base(setup) else None
 
-  # --- Loop.
+  # --- Loop. Nothing in it waits for the devices but what looks at results.
   with (
     checkpoints,
     MetricsWriter(directory, resume_step=start, enabled=chief) as writer,
     Progress(
       setup.num_steps, description, initial=done, enabled=chief
     ) as progress,
+    StepTrace(
+      stage.profile,
+      directory / "profile",
+      done=done,
+      num_steps=setup.num_steps,
+      enabled=chief,
+    ) as trace,
     _StopRequest() as stop,
   ):
-    clock = time.perf_counter()
-    logged = done
-    for step in range(done, setup.num_steps):
-      batch = setup.objective.batch(loader, step)
-      batch = shard_batch(batch, mesh, rows=stage.batch_size)
-      state, metrics = step_fn(state, ref, batch)
+    meter = Meter(setup, mesh)
+    first = done
+    for step in range(first, setup.num_steps):
       done = step + 1
+      with meter.span("data"):
+        batch = setup.objective.batch(loader, step)
+        batch = shard_batch(batch, mesh, rows=stage.batch_size)
+      # The first call returns when the step is compiled, and not yet done.
+      compiling = (
+        meter.span("compile") if step == first else contextlib.nullcontext()
+      )
+      with trace.step(done, state), compiling:
+        state, metrics = step_fn(state, ref, batch)
+      trace.end(done, metrics)
+      meter.count(batch, metrics)
       last = done == setup.num_steps
       if last or done % stage.log_every == 0:
         figures = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        figures["steps_per_second"] = (done - logged) / (now - clock)
-        clock, logged = now, done
         every = stage.measure_every
         try:
           _check_finite(figures, done, directory)
           if measure and (last or (every and done % every == 0)):
-            figures |= _measured(measure, state, base, done, directory)
+            with meter.span("measure"):
+              figures |= _measured(measure, state, base, done, directory)
         finally:
+          figures |= meter.read()
           # A row of figures that are not finite shows where it went wrong.
           writer.write(done, figures)
-        progress.update(0, loss=figures["loss"])
+        progress.update(0, **brief(figures))
       progress.update()
       stopping = not last and stop.agreed(done, metrics)
       due = stage.checkpoint_every and done % stage.checkpoint_every == 0
       if due or last or stopping:
         # The figures of this very step may not have been looked at yet.
         _check_finite(metrics, done, directory)
-        checkpoints.save(done, state, wait=last or stopping)
+        with meter.span("checkpoint"):
+          checkpoints.save(done, state, wait=last or stopping)
       if stopping:
         raise PreemptedError(
           f"{description} was asked to stop and is saved at step {done}: run "

@@ -78,6 +78,8 @@ def train_step(
   state, norms = _update(state, grads, setup)
   metrics = losses.summarize_metrics(metrics)
   metrics = metrics | norms | learning_rates(setup, state.step - 1)
+  metrics["batch/tokens"] = jnp.sum(rows.segment_ids > 0, dtype=jnp.float32)
+  metrics["batch/action_tokens"] = jnp.sum(rows.action_mask, dtype=jnp.float32)
   return state, {"loss": loss, **metrics}
 
 

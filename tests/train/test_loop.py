@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from oracles import processes, tiny
 
-from oreo_jax.config import Config, SftConfig
+from oreo_jax.config import Config, ConfigError, SftConfig
 from oreo_jax.data import make_loader
 from oreo_jax.train import (
   OBJECTIVES,
@@ -21,6 +21,7 @@ from oreo_jax.train import (
   make_setup,
 )
 from oreo_jax.train.checkpoint import Checkpoints
+from oreo_jax.train.flops import step_flops
 
 STEPS = 6
 
@@ -80,8 +81,10 @@ def rows(directory):
 
 
 def without_times(written):
+  measured = ("time/", "speed/", "memory/")
   return [
-    {k: v for k, v in row.items() if k != "steps_per_second"} for row in written
+    {k: v for k, v in row.items() if not k.startswith(measured)}
+    for row in written
   ]
 
 
@@ -99,6 +102,49 @@ def test_runs_to_the_end(uninterrupted):
   assert [row["step"] for row in written] == list(range(1, STEPS + 1))
   assert written[-1]["loss"] < written[0]["loss"]
   assert all(np.isfinite(list(row.values())).all() for row in written)
+
+
+def test_rows_say_what_a_step_costs(uninterrupted):
+  written = uninterrupted[1]
+  assert "time/compile_s" in written[0]
+  for row in written[1:]:
+    assert "time/compile_s" not in row
+    assert 0 < row["time/data_s"] < row["time/step_s"]
+    assert row["memory/process_peak_gib"] > 0
+    # A CPU has no peak in the table, and none is made up.
+    assert "speed/mfu" not in row
+    assert row["speed/step_flops"] == sum(
+      step_flops(setup_of(), 4, 16).values()
+    )
+  # An epoch's tokens, counted from the sequences: all but the last of each.
+  sequences = tiny.draw_sequences(20)
+  slots = sum(len(s.tokens) - 1 for s in sequences)
+  epoch = written[:2]
+  tokens = sum(row["speed/tokens_per_s"] * row["time/step_s"] for row in epoch)
+  assert tokens == pytest.approx(slots)
+  assert [row["batch/fill"] for row in epoch] == pytest.approx(
+    [row["batch/tokens"] / 64 for row in epoch]
+  )
+
+
+def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
+  run(tmp_path, setup=setup_of(profile=(2, 3)))
+  traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+  assert len(traces) == 1
+  data = jax.profiler.ProfileData.from_file(str(traces[0]))
+  steps = {
+    dict(event.stats)["step_num"]
+    for plane in data.planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == "train"
+  }
+  assert steps == {2, 3}
+
+
+def test_a_trace_of_steps_that_never_come_is_one_error(tmp_path):
+  with pytest.raises(ConfigError, match="--profile=5:9.*has 6 steps"):
+    run(tmp_path, setup=setup_of(profile=(5, 9)))
 
 
 def terminate_at(step):
@@ -170,6 +216,7 @@ def stand_in(figures):
       del ref, batch
       number = int(state.step)
       metrics = {"loss": 1.0, "grad_norm/policy": 1.0}
+      metrics |= {"batch/tokens": 1.0, "batch/action_tokens": 1.0}
       metrics |= figures.get(number, {})
       metrics = {k: jnp.float32(v) for k, v in metrics.items()}
       return state._replace(step=state.step + 1), metrics
