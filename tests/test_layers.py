@@ -28,6 +28,7 @@ LAYERS = {
   "train": 3,
   "decode": 4,
   "scoring": 5,
+  "aot": 6,
   "rollout": 6,
   "report": 6,
   "stages": 7,
