@@ -53,6 +53,8 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
+    # The compiler alone, which needs no TPU: for `oreo aot`.
+    "aot": ["libtpu"],
     "math": MATH,
     "test": TEST,
     "dev": [*TEST, "mypy>=1.15", "pre-commit>=4.0", "ruff>=0.14"],

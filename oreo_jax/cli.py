@@ -9,6 +9,7 @@ The only module that reads flags, starts `jax.distributed` or prints.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -50,6 +51,26 @@ _PROFILE = flags.DEFINE_string(
   "FIRST:LAST, steps of every training stage of which a profiler trace is "
   "written into <workdir>/<stage>/profile; short for "
   "--config.sft.profile=FIRST,LAST and --config.train.profile=FIRST,LAST.",
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  None,
+  "aot: the machine to compile for, as v5e:4x4; short for "
+  "--config.aot.topology.",
+)
+_NUM_SLICES = flags.DEFINE_integer(
+  "num_slices",
+  None,
+  "aot: slices of that shape; short for --config.aot.num_slices.",
+)
+_WHAT = flags.DEFINE_string(
+  "what", None, "aot: the program; short for --config.aot.what."
+)
+_SEARCH = flags.DEFINE_bool(
+  "search",
+  None,
+  "aot: try the layouts that --config.aot.* lists; short for "
+  "--config.aot.search.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -93,13 +114,23 @@ def _main(argv: Sequence[str]) -> None:
   logging.get_absl_handler().addFilter(_is_ours)
   import jax
 
+  if not STAGES[name].needs_devices:
+    # Not to wait for an accelerator, nor to hold one that is not used.
+    jax.config.update("jax_platforms", "cpu")
   if _DISTRIBUTED.value:
     hosts.start()
+  for flag in (_TOPOLOGY, _NUM_SLICES, _WHAT, _SEARCH):
+    if flag.value is not None:
+      setattr(config.aot, flag.name, flag.value)
   workspace = Workspace(config, _WORKDIR.value or _default_workdir())
+  stage = STAGES[name]
+  # A mesh that cannot be is refused before anything is removed.
+  mesh = workspace.mesh if stage.needs_devices else None
   if _OVERWRITE.value:
-    workspace.remove(STAGES[name].leaves(config))
-  with jax.set_mesh(workspace.mesh):
-    STAGES[name].run(workspace, _say)
+    workspace.remove(stage.leaves(config))
+  in_force = jax.set_mesh(mesh) if mesh is not None else None
+  with in_force or contextlib.nullcontext():
+    stage.run(workspace, _say)
 
 
 def _set_profile(config: Config, text: str, command: str) -> None:

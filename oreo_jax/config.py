@@ -31,6 +31,7 @@ from oreo_jax.settings import (
 )
 
 __all__ = [
+  "AotConfig",
   "CollectConfig",
   "CompareConfig",
   "Config",
@@ -55,6 +56,7 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
+REMAT = ("none", "full", "dots")  # what a backward pass computes again
 GRANULARITIES = ("token", "step", "response")
 
 
@@ -84,7 +86,7 @@ class ModelConfig(Section):
   init_std: float = 0.0  # 0: 1/sqrt(fan_in)
   dtype: str = choice(*DTYPES)  # compute dtype of activations
   param_dtype: str = choice(*DTYPES)  # of frozen and saved weights
-  remat: str = choice("none", "full", "dots")  # what the backward recomputes
+  remat: str = choice(*REMAT)  # what the backward recomputes
   unroll: int = positive(1)  # layers a scan step; num_layers: all (CPU: fast)
   lora_rank: int = 0  # set by critic.kind and lora.policy; 0: no adapters
   lora_alpha: float = 0.0  # updates are scaled by lora_alpha / lora_rank
@@ -399,6 +401,26 @@ class CompareConfig(Section):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class AotConfig(Section):
+  """Compiling for a machine that is not there (`oreo aot`)."""
+
+  topology: str = ""  # KIND:SHAPE, as v5e:4x4; cpu:8 is simulated devices
+  num_slices: int = positive(1)  # of this shape, each with a network of its own
+  what: str = choice("train")  # the program
+  # Whose peaks to measure by (of oreo_jax.chips); empty: the topology's.
+  chip: str = ""
+  hbm_gib: float = 0.0  # memory of a chip in GiB; 0: what the chip has
+  jobs: int = 0  # compilations side by side; 0: as many as half of the cores
+  search: bool = False  # try the layouts that follow, each with each
+  tensor: tuple = setting((1, 2, 4), entry=int, above=0, nonempty=True)
+  data: tuple = setting((1,), entry=int, above=0, nonempty=True)
+  grad_accum: tuple = setting((1, 2, 4), entry=int, above=0, nonempty=True)
+  remat: tuple = setting(
+    ("full", "dots"), entry=str, choices=REMAT, nonempty=True
+  )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class Config(Section):
   """A run, whole: what `get_config(variant)` of a file in configs/ returns."""
 
@@ -422,6 +444,7 @@ class Config(Section):
   train: TrainConfig = _section(TrainConfig)
   evaluate: EvaluateConfig = _section(EvaluateConfig)
   compare: CompareConfig = _section(CompareConfig)
+  aot: AotConfig = _section(AotConfig)
 
   def rules(self) -> Iterator[Rule]:
     """Yields what sections must be because of each other."""

@@ -6,6 +6,7 @@ folder, `fitting` is the training that `sft` and `train` share, and `branch` is
 what rounds and comparisons are made of.
 """
 
+from oreo_jax.stages.aot import AOT
 from oreo_jax.stages.collect import COLLECT
 from oreo_jax.stages.compare import COMPARE
 from oreo_jax.stages.evaluate import EVALUATE
@@ -30,6 +31,7 @@ STAGES: dict[str, Stage] = {
     ITERATE,
     COMPARE,
     EXPORT,
+    AOT,
   )
 }
 

@@ -25,9 +25,12 @@ class Stage(Work):
       once.
     leaves: names in the work directory that `--overwrite` removes.
     trains: whether networks are trained, so that there are steps to profile.
+    needs_devices: whether it runs on this machine's devices, in the mesh that
+      the config asks for; if not, that mesh need not exist.
   """
 
   summary: str
   run: Callable[[Workspace, Say], None]
   leaves: Callable[[Config], tuple[str, ...]]
   trains: bool = False
+  needs_devices: bool = True

@@ -105,9 +105,13 @@ class Workspace:
     # What config.py is to hold, where that is not `config`.
     self.kept_config: Config | None = None
     self.is_chief = hosts.is_chief()
-    self.mesh: Mesh = make_mesh(config.mesh)
 
   # --- What the config stands for, settled when first asked for.
+
+  @functools.cached_property
+  def mesh(self) -> Mesh:
+    """The mesh of this machine's devices that the config asks for."""
+    return make_mesh(self.given_config.mesh)
 
   @functools.cached_property
   def task(self) -> tasks.Task | None:
@@ -127,7 +131,7 @@ class Workspace:
   def config(self) -> Config:
     """The config with what it left open: architecture and vocabulary."""
     config = self.given_config
-    model = _with_architecture(config.model, config.init)
+    model = with_architecture(config.model, config.init)
     size = len(self.tokenizer)
     if not model.vocab_size:
       model = dataclasses.replace(model, vocab_size=size)
@@ -352,7 +356,7 @@ class Workspace:
     return random_policy(config, self.config.seed, self.mesh)
 
 
-def _with_architecture(model: ModelConfig, init: str) -> ModelConfig:
+def with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   """Returns the checkpoint's architecture, computed as `model` says."""
   if not init:
     return model

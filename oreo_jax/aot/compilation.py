@@ -1,0 +1,219 @@
+"""One program compiled for one machine, and all there is to say about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from oreo_jax import chips
+from oreo_jax.aot import costs as counting
+from oreo_jax.aot import groups, hlo, roofline, topology
+from oreo_jax.aot.program import PROGRAMS, Program, bytes_on_device
+from oreo_jax.config import Config, ConfigError
+from oreo_jax.sharding import make_mesh
+
+# Lines of the compiler's message that are kept.
+_MESSAGE_LINES = 60
+
+
+def compile_program(config: Config) -> dict[str, Any]:
+  """Compiles what `config.aot` asks for, in this process.
+
+  Args:
+    config: with its architecture and vocabulary; `config.aot` names machine
+      and program.
+
+  Returns:
+    Plain values for JSON: whether it fits, bytes a device by kind, what it
+    does, its roofline, collectives, times, and the compiler's words if it
+    refused.
+
+  Raises:
+    ConfigError: where the settings cannot work on this machine, whatever its
+      memory.
+  """
+  settings = config.aot
+  machine = topology.parse(settings.topology, settings.num_slices)
+  chip = _chip(config, machine)
+  devices = topology.find_devices(machine)
+  mesh = make_mesh(config.mesh, devices)
+  program = PROGRAMS[settings.what](config, mesh)
+  per_chip = max(len(devices) // machine.num_chips, 1)
+  limit = settings.hbm_gib * chips.GIB or (chip.hbm_bytes if chip else 0.0)
+  arguments = {
+    name: bytes_on_device(tree) for name, tree in program.arguments.items()
+  }
+  answer: dict[str, Any] = {
+    "topology": machine.name,
+    "num_slices": machine.num_slices,
+    "chips": machine.num_chips,
+    "devices": len(devices),
+    "chip": chip.name if chip else "",
+    "what": settings.what,
+    "flags": flags_of(config),
+    "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+    "tokens": program.tokens,
+    "model_flops": program.model_flops,
+    "compiler": _compiler(machine),
+    "fits": True,
+    "message": "",
+    "memory": {
+      "arguments": arguments,
+      "arguments_total": sum(arguments.values()),
+      "limit": limit / per_chip,
+    },
+  }
+  if limit and sum(arguments.values()) > limit / per_chip:
+    return answer | {
+      "fits": False,
+      "message": "the arguments alone are more than the chip's memory",
+    }
+  return _compiled(answer, program, mesh, chip, per_chip)
+
+
+def _compiled(
+  answer: dict[str, Any],
+  program: Program,
+  mesh: Any,
+  chip: chips.Chip | None,
+  per_chip: int,
+) -> dict[str, Any]:
+  start = time.perf_counter()
+  lowered = program.lower()
+  lower_s = time.perf_counter() - start
+  try:
+    executable = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    lines = str(error).strip().splitlines()[:_MESSAGE_LINES]
+    return answer | {"fits": False, "message": "\n".join(lines)}
+  compile_s = time.perf_counter() - start - lower_s
+  memory = answer["memory"] | _memory(executable)
+  costs = counting.count(
+    hlo.parse(executable.as_text()),
+    groups.Slices([_slice_of(device) for device in mesh.devices.flat]),
+    loop_length=program.loop_length,
+  )
+  limit = memory["limit"]
+  over = limit and memory["peak"] > limit
+  answer = answer | {
+    "fits": not over,
+    "message": "the peak is more than the chip's memory" if over else "",
+    "memory": memory,
+    "flops": costs.flops,
+    "hbm_bytes": costs.hbm_bytes,
+    "collectives": summary(costs.collectives),
+    "unknown_loops": list(costs.unknown_loops),
+    "uncounted_kernels": costs.uncounted_kernels,
+    "lower_s": lower_s,
+    "compile_s": compile_s,
+  }
+  if chip:
+    line = roofline.make_roofline(
+      costs,
+      chip,
+      model_flops=program.model_flops,
+      devices=answer["devices"],
+      devices_per_chip=per_chip,
+    )
+    answer["roofline"] = line._asdict() | {
+      "step_s": line.step_s,
+      "bound": line.bound,
+      "tokens_per_second": program.tokens / line.step_s,
+    }
+  return answer
+
+
+def summary(
+  collectives: tuple[counting.Collective, ...],
+) -> dict[str, dict[str, Any]]:
+  """Adds up collectives by kind; those between slices are kinds of their own.
+
+  Returns:
+    By kind: bytes that a device sends, runs, and the one that sends most.
+  """
+  totals: dict[str, dict[str, Any]] = {}
+  for item in sorted(collectives, key=lambda c: -c.sent):
+    name = item.kind + (" between slices" if item.crosses_slices else "")
+    total = totals.setdefault(
+      name, {"sent": 0.0, "runs": 0.0, "largest": item._asdict()}
+    )
+    total["sent"] += item.sent
+    total["runs"] += item.times
+  return totals
+
+
+def flags_of(config: Config) -> list[str]:
+  """Returns the flags that give a run the layout that was compiled."""
+  section = "sft" if config.train.objective == "sft" else "train"
+  mesh = dataclasses.asdict(config.mesh)
+  if config.aot.num_slices > 1 and mesh["dcn_data"] == 1:
+    mesh["dcn_data"] = config.aot.num_slices
+  stage = getattr(config, section)
+  return [
+    *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+    f"--config.{section}.grad_accum={stage.grad_accum}",
+    f"--config.model.remat={config.model.remat}",
+  ]
+
+
+def _chip(config: Config, machine: topology.Topology) -> chips.Chip | None:
+  name = config.aot.chip
+  if not name:
+    return machine.chip
+  if name not in chips.CHIPS:
+    raise ConfigError(
+      f"config.aot.chip: expected one of {', '.join(chips.CHIPS)}, got "
+      f"{name!r}: set --config.aot.chip=..."
+    )
+  return chips.CHIPS[name]
+
+
+def _memory(executable: Any) -> dict[str, float]:
+  """Returns what the compiler says of memory, in bytes a device."""
+  stats = executable.memory_analysis()
+  if stats is None:
+    return {"peak": 0.0}
+  sizes = {
+    "compiled_arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "program": stats.generated_code_size_in_bytes,
+  }
+  together = (
+    sizes["compiled_arguments"]
+    + sizes["outputs"]
+    - sizes["aliased"]
+    + sizes["temporaries"]
+  )
+  # What is live at once may be less than the sum. The compiler for CPUs leaves
+  # temporaries out of its peak, so that there the sum is the better figure.
+  peak = getattr(stats, "peak_memory_in_bytes", 0)
+  return sizes | {"peak": peak if peak > sizes["temporaries"] else together}
+
+
+def _slice_of(device: Any) -> int:
+  return getattr(device, "slice_index", None) or 0
+
+
+def _compiler(machine: topology.Topology) -> str:
+  """Names the compiler and its version."""
+  from importlib import metadata
+
+  if machine.kind == topology.CPU:
+    return f"XLA for CPUs, jax {jax.__version__}"
+  return f"libtpu {metadata.version('libtpu')}, jax {jax.__version__}"
+
+
+def short_message(message: str) -> str:
+  """Returns the line of the compiler's message that says how much is missing.
+
+  Args:
+    message: of an answer that does not fit.
+  """
+  match = re.search(r"Used [^.]*\.[^.]*\.[^.\n]*[^\n]*", message)
+  return match[0] if match else (message.splitlines() or [""])[0]

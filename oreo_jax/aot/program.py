@@ -1,0 +1,139 @@
+"""The programs of a run, made from its config alone: no weights, no data.
+
+Everything that has a shape is an abstract array with the sharding that the
+real one would have. The step is the one that `train.loop.fit` runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from oreo_jax import data, models, train
+from oreo_jax.config import Config
+from oreo_jax.sharding import batch_sharding, shardings_of
+from oreo_jax.train.checkpoint import abstract_like
+from oreo_jax.train.flops import step_flops
+from oreo_jax.train.roles import needs_base
+from oreo_jax.train.state import init_state, state_shardings
+
+
+class Program(NamedTuple):
+  """A function to compile and what it is called with."""
+
+  lower: Callable[[], Any]  # traces and lowers it: a `jax.stages.Lowered`
+  arguments: Mapping[str, Any]  # trees of abstract arrays, by what they are
+  model_flops: float  # what the mathematics needs, for all chips together
+  tokens: int  # that one call works through
+  # How often a loop runs whose end depends on data; None: there is none.
+  loop_length: int | None = None
+
+
+def train_program(config: Config, mesh: Mesh) -> Program:
+  """Makes the training step of `config.train.objective`.
+
+  Args:
+    config: with its architecture and the size of its vocabulary.
+    mesh: of devices that need not exist.
+  """
+  objective = train.get_objective(config.train.objective)
+  config = objective.fit_rows(config)
+  stage = objective.stage(config)
+  loader = _full_rows(config, objective)
+  # How far the schedules reach changes numbers in the program, not its shape.
+  setup = train.make_setup(config, objective, 1000, loader.max_segments)
+  base = _abstract_policy(config, mesh)
+
+  def fresh(base: Any) -> train.TrainState:
+    return init_state(jax.random.key(0), setup, base)
+
+  state = jax.eval_shape(fresh, base)
+  state = abstract_like(state, state_shardings(setup, state, mesh))
+  reference = base if needs_base(setup) else None
+  rows = batch_sharding(mesh)
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+    objective.batch(loader, 0),
+  )
+  step: Any = train.make_train_step(setup, state, mesh)  # jitted
+
+  def lower() -> Any:
+    with jax.set_mesh(mesh):
+      return step.lower(state, reference, batch)
+
+  return Program(
+    lower,
+    {
+      **{f"weights of {name}": tree for name, tree in state.params.items()},
+      **{f"averages of {name}": t for name, t in state.averages.items()},
+      "optimiser": (state.step, state.opt_state),
+      "reference": reference,
+      "batch": batch,
+    },
+    sum(step_flops(setup, stage.batch_size, config.data.row_length).values()),
+    stage.batch_size * config.data.row_length,
+  )
+
+
+def bytes_on_device(tree: Any) -> int:
+  """Returns the bytes of a tree's shards on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _abstract_policy(config: Config, mesh: Mesh) -> Any:
+  shapes = models.abstract_params(config.model)
+  shardings = shardings_of(models.logical_axes(config.model), shapes, mesh)
+  return abstract_like(shapes, shardings)
+
+
+def _full_rows(config: Config, objective: train.Objective) -> data.Loader:
+  """Returns a loader of one batch of made-up answers that fill their rows."""
+  stage = objective.stage(config)
+  length = config.data.max_length or config.data.row_length + 1
+  count = stage.batch_size * objective.group_size
+  answers = [
+    data.Trajectory(
+      turns=(
+        data.Turn("user", str(index // 2)),
+        data.Turn("assistant", str(index)),
+      ),
+      # Some objectives want a right and a wrong answer to each problem.
+      reward=float(index % 2),
+      problem=str(index // 2),
+    )
+    for index in range(2 * count)
+  ]
+
+  def tokenize(chosen: list[data.Trajectory]) -> list[data.Tokenized]:
+    mask = np.arange(length) > 0
+    return [
+      data.Tokenized(
+        np.zeros(length, np.int32),
+        mask,
+        mask,
+        np.where(np.arange(length) == length - 1, t.reward, 0).astype("f4"),
+        problem=t.problem,
+      )
+      for t in chosen
+    ]
+
+  return data.make_loader(
+    objective.sequences(answers, tokenize, config.train),
+    batch_size=stage.batch_size,
+    row_length=config.data.row_length,
+    seed=0,
+  )
+
+
+# What `config.aot.what` may be.
+PROGRAMS: Mapping[str, Callable[[Config, Mesh], Program]] = {
+  "train": train_program,
+}
