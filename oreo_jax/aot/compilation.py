@@ -148,14 +148,12 @@ def summary(
 
 def flags_of(config: Config) -> list[str]:
   """Returns the flags that give a run the layout that was compiled."""
-  section = "sft" if config.train.objective == "sft" else "train"
   mesh = dataclasses.asdict(config.mesh)
   if config.aot.num_slices > 1 and mesh["dcn_data"] == 1:
     mesh["dcn_data"] = config.aot.num_slices
-  stage = getattr(config, section)
   return [
     *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
-    f"--config.{section}.grad_accum={stage.grad_accum}",
+    f"--config.train.grad_accum={config.train.grad_accum}",
     f"--config.model.remat={config.model.remat}",
   ]
 

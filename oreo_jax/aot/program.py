@@ -120,6 +120,7 @@ def _full_rows(config: Config, objective: train.Objective) -> data.Loader:
         mask,
         mask,
         np.where(np.arange(length) == length - 1, t.reward, 0).astype("f4"),
+        id=t.id,
         problem=t.problem,
       )
       for t in chosen

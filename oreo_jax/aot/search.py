@@ -21,8 +21,7 @@ def candidates(config: Config) -> list[Config]:
   """
   settings, model = config.aot, config.model
   machine = topology.parse(settings.topology, settings.num_slices)
-  section = "sft" if config.train.objective == "sft" else "train"
-  stage = getattr(config, section)
+  stage = config.train
   # The compiler sees both cores of a v4 as devices.
   per_slice = machine.num_chips // machine.num_slices
   per_slice *= 2 if machine.kind == "v4" else 1
@@ -52,7 +51,7 @@ def candidates(config: Config) -> list[Config]:
         config,
         mesh=mesh,
         model=dataclasses.replace(model, remat=remat),
-        **{section: dataclasses.replace(stage, grad_accum=accum)},
+        train=dataclasses.replace(stage, grad_accum=accum),
       )
     )
   if not layouts:

@@ -118,13 +118,14 @@ def test_a_chip_that_is_not_in_the_table_is_refused():
     compilation.compile_program(maze_config(chip="v9"))
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "kto", "dqo", "value"])
+@pytest.mark.parametrize(
+  "objective", ["rejection", "dpo", "kto", "dqo", "value"]
+)
 def test_every_objective_has_a_program(objective):
   config = maze_config()
   config = dataclasses.replace(
     config,
     train=dataclasses.replace(config.train, objective=objective),
-    sft=dataclasses.replace(config.sft, batch_size=16),
   )
   made = program.train_program(config, make_mesh(config.mesh))
   assert made.model_flops > 0
