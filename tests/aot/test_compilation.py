@@ -7,9 +7,10 @@ import pytest
 from aot.tiny_step import maze_config
 
 from oreo_jax import models, train
-from oreo_jax.aot import compilation, program
+from oreo_jax.aot import compilation, jobs, program
 from oreo_jax.config import ConfigError
 from oreo_jax.models.presets import preset
+from oreo_jax.progress import Progress
 from oreo_jax.sharding import make_mesh
 
 
@@ -133,7 +134,7 @@ def test_every_objective_has_a_program(objective):
 
 
 @pytest.mark.slow
-def test_slices_exchange_gradients_and_nothing_else():
+def test_slices_exchange_gradients_and_nothing_else(tmp_path):
   pytest.importorskip("libtpu", reason="needs the TPU compiler: libtpu")
   model = preset(
     "tiny-qwen2", vocab_size=2048, embed_dim=256, head_dim=128, mlp_dim=1024
@@ -147,7 +148,9 @@ def test_slices_exchange_gradients_and_nothing_else():
   )
   config.aot.topology, config.aot.num_slices = "v5e:2x2", 2
   config.train.grad_accum = 1
-  answer = compilation.compile_program(config)
+  # In a process of its own, which starts with what the compiler needs.
+  with Progress(1, "aot", enabled=False) as progress:
+    (answer,) = jobs.compile_all([config], tmp_path, progress=progress)
   assert answer["fits"], answer["message"]
   arguments = answer["memory"]["arguments"]
   # Of two slices each sends its sums once. The padding of small arrays to
