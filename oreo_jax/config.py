@@ -269,6 +269,11 @@ class TrainConfig(StageConfig):
   dpo_variant: str = choice("sigmoid", "ipo")  # DPO: the loss of a pair
   # DPO: the probability of a flipped label (cDPO).
   label_smoothing: float = setting(0.0, below=0.5)
+  # Keep on disk what the layers below lora.last_layers say of every sequence,
+  # so that a step runs the last layers only: tokens x embed_dim x 2 bytes. The
+  # states are bfloat16; with model.dtype=float32 that moves log-probabilities
+  # and values a little, about as much as computing in bfloat16 would.
+  keep_trunk: bool = False
   pairs: int = positive(6)  # DPO: pairs a problem at most
   desirable_weight: float = 1.0  # KTO
   undesirable_weight: float = 1.0  # KTO
@@ -449,6 +454,13 @@ class Config(Section):
   def rules(self) -> Iterator[Rule]:
     """Yields what sections must be because of each other."""
     data = self.data
+    adapted = self.lora.policy or self.critic.kind == "lora"
+    yield Rule(
+      not self.train.keep_trunk or (adapted and self.lora.last_layers > 0),
+      "train.keep_trunk",
+      "False, unless there are frozen layers below adapters: set "
+      "lora.last_layers, with lora.policy=True or critic.kind=lora",
+    )
     yield Rule(
       data.tokenizer != "hf" or bool(data.tokenizer_path or self.init),
       "data.tokenizer_path",

@@ -304,6 +304,24 @@ def shard_batch(batch: Any, mesh: Mesh, *, rows: int | None = None) -> Any:
   return jax.tree.map(join, batch)
 
 
+def local_rows(array: jax.Array, mesh: Mesh) -> np.ndarray:
+  """Returns the rows of this process: what `shard_batch` was given.
+
+  Args:
+    array: as `shard_batch` returns it, or computed from such rows with the
+      same sharding.
+    mesh: the device mesh.
+  """
+  shards = _shards_of_processes(mesh)[jax.process_index()]
+  size = len(array) // batch_shards(mesh)  # rows of a shard
+  # Devices along other axes hold copies, of which one is enough.
+  blocks = {
+    (shard.index[0].start or 0) // size: shard.data
+    for shard in array.addressable_shards
+  }
+  return np.concatenate([np.asarray(blocks[shard]) for shard in shards])
+
+
 def shard_whole_batch(batch: Any, mesh: Mesh) -> Any:
   """Makes global arrays of rows that every process holds, all of them.
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from oreo_jax import data, models, scoring, train
 from oreo_jax.analysis.values import value_aucs
-from oreo_jax.config import Config, StageConfig
+from oreo_jax.config import Config, StageConfig, TrainConfig
 from oreo_jax.metrics import FILE_NAME, read_metrics
 from oreo_jax.models import Params
 from oreo_jax.sharding import process_rows
@@ -52,6 +52,16 @@ def fit(
   """
   config = objective.fit_rows(workspace.config)
   stage, name = objective.stage(config), objective.name
+  folder = workspace.path(name)
+  if isinstance(stage, TrainConfig) and stage.keep_trunk:
+    sequences = train.keep_trunk(
+      sequences,
+      base,
+      train.make_setup(config, objective, num_steps=0),
+      mesh=workspace.mesh,
+      row_length=config.data.row_length,
+      directory=folder / "trunk",
+    )
   loader = make_loader(config, objective, sequences, workspace.mesh)
   steps = num_updates(stage, loader)
   setup = train.make_setup(config, objective, steps, loader.max_segments)
@@ -66,7 +76,6 @@ def fit(
   measure = None
   if held_out and objective.needs_critic:
     measure = held_out_measure(held_out, setup, config, workspace.mesh)
-  folder = workspace.path(name)
   state = train.fit(
     base,
     loader,

@@ -12,6 +12,7 @@ from oreo_jax.train.roles import full_configs, full_params, plain_models
 from oreo_jax.train.setup import Setup, make_setup
 from oreo_jax.train.state import TrainState, init_state, state_shardings
 from oreo_jax.train.step import make_train_step, train_step
+from oreo_jax.train.trunk import keep_trunk
 
 __all__ = [
   "METHODS",
@@ -28,6 +29,7 @@ __all__ = [
   "get_method",
   "get_objective",
   "init_state",
+  "keep_trunk",
   "make_setup",
   "make_train_step",
   "plain_models",

@@ -19,6 +19,10 @@ from oreo_jax.train.roles import (
 )
 from oreo_jax.train.setup import Setup
 
+# The extra of a batch that holds the trunk's states, [B, T, D], where they are
+# kept (`trunk.keep_trunk`).
+TRUNK = "trunk"
+
 
 class Forward(NamedTuple):
   """What the networks say of a batch; all [B, T], f32.
@@ -83,7 +87,9 @@ def forward(
   # these layers are run once. (Without a base `full_params` has raised.)
   depth = trunk_depth(setup)
   shared = None
-  if depth and ref is not None:
+  if depth and TRUNK in batch.extras:
+    shared = batch.extras[TRUNK]
+  elif depth and ref is not None:
     shared = run_trunk(ref, batch, setup, depth)
 
   def hidden(name: str, weights: Params) -> jax.Array:

@@ -1,6 +1,5 @@
 """Networks on one frozen base share its first layers, and nothing changes."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,37 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import tiny
+from oracles.adapters import MODEL, ROWS, make, trained_state
 
 from oreo_jax import models
-from oreo_jax.config import Config, CriticConfig, LoraConfig, TrainConfig
 from oreo_jax.data import make_loader
 from oreo_jax.sharding import shard_batch
-from oreo_jax.train import (
-  OBJECTIVES,
-  init_state,
-  make_setup,
-  make_train_step,
-  state_shardings,
-)
 from oreo_jax.train import forward as forward_module
+from oreo_jax.train import init_state, make_train_step, state_shardings
 from oreo_jax.train.forward import forward
 from oreo_jax.train.roles import trunk_depth
 
-MODEL = dataclasses.replace(tiny.MODEL, num_layers=3)
-ROWS = 8
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
-def make(objective="oreo", *, lora=True, critic="lora", last=1, **changes):
-  settings = {"batch_size": ROWS, "lr": 0.1, "critic_lr": 0.1, "warmup": 0.0}
-  config = Config(
-    model=dataclasses.replace(MODEL),
-    critic=CriticConfig(kind=critic),
-    lora=LoraConfig(policy=lora, rank=2, alpha=4.0, last_layers=last),
-    train=TrainConfig(objective=objective, **settings | changes),
-  )
-  config.validate()
-  return make_setup(config, OBJECTIVES[objective], 4, max_segments=8)
 
 
 @functools.cache
@@ -49,22 +28,6 @@ def batch():
   )
   assert loader.batch(0).segment_ids.max() > 1
   return loader.batch(0)
-
-
-def trained_state(setup, base):
-  """A state as training leaves it: the last adapters' B is no longer zero."""
-  state = init_state(jax.random.key(1), setup, base)
-  rng = np.random.default_rng(0)
-
-  def move(path, leaf):
-    noise = jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-    if path[-1].key == "lora_b":
-      first = len(leaf) - setup.lora.last_layers
-      return leaf.at[first:].set(noise[first:])
-    return noise if path[-1].key == "value_head" else leaf
-
-  trees = state.params, state.averages
-  return jax.tree_util.tree_map_with_path(move, trees)
 
 
 def loss_and_gradient(setup, base):

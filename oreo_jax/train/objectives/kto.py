@@ -11,7 +11,7 @@ from oreo_jax.data.loader import Loader
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
 from oreo_jax.sharding import constrain_batch, micro_batches
-from oreo_jax.train.forward import Forward, forward
+from oreo_jax.train.forward import TRUNK, Forward, forward
 from oreo_jax.train.objective import Method, Metrics, Objective, Rows
 from oreo_jax.train.objectives.batches import (
   all_answers,
@@ -82,7 +82,10 @@ def prepare_reference_point(
 
 def mismatched_batch(loader: Loader, step: int) -> KtoBatch:
   """Returns a step's batch, and its prompts with others' answers."""
-  return KtoBatch(loader.batch(step), loader.mismatched(step))
+  mismatched = loader.mismatched(step)
+  # The trunk has read each answer after its own prompt: it runs on these.
+  extras = {k: v for k, v in mismatched.extras.items() if k != TRUNK}
+  return KtoBatch(loader.batch(step), mismatched._replace(extras=extras))
 
 
 KTO = Objective(
