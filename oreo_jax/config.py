@@ -411,7 +411,7 @@ class AotConfig(Section):
 
   topology: str = ""  # KIND:SHAPE, as v5e:4x4; cpu:8 is simulated devices
   num_slices: int = positive(1)  # of this shape, each with a network of its own
-  what: str = choice("train")  # the program
+  what: str = choice("train", "decode")  # the program: a step, or samples
   # Whose peaks to measure by (of oreo_jax.chips); empty: the topology's.
   chip: str = ""
   hbm_gib: float = 0.0  # memory of a chip in GiB; 0: what the chip has
@@ -423,6 +423,14 @@ class AotConfig(Section):
   remat: tuple = setting(
     ("full", "dots"), entry=str, choices=REMAT, nonempty=True
   )
+
+  def rules(self) -> Iterator[Rule]:
+    """Yields that the layouts of a search are those of training."""
+    yield Rule(
+      not self.search or self.what == "train",
+      "what",
+      "train, since search=True tries layouts of the training step",
+    )
 
 
 @dataclasses.dataclass(unsafe_hash=True)

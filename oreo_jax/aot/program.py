@@ -11,16 +11,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from oreo_jax import data, models, train
 from oreo_jax.config import Config
-from oreo_jax.sharding import batch_sharding, shardings_of
+from oreo_jax.decode.generate import extend
+from oreo_jax.decode.prefix import read_prompts
+from oreo_jax.decode.sampling import Sampler
+from oreo_jax.sharding import batch_sharding, replicated, shardings_of
 from oreo_jax.train.checkpoint import abstract_like
 from oreo_jax.train.flops import step_flops
 from oreo_jax.train.roles import needs_base
 from oreo_jax.train.state import init_state, state_shardings
+
+_LEAST_ROOM = 16  # tokens of a prompt
 
 
 class Program(NamedTuple):
@@ -77,6 +83,60 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     },
     sum(step_flops(setup, stage.batch_size, config.data.row_length).values()),
     stage.batch_size * config.data.row_length,
+  )
+
+
+def decode_program(config: Config, mesh: Mesh) -> Program:
+  """Makes the sampling of `oreo collect`: prompts are read, answers grown.
+
+  A prompt has the room that a row of training leaves beside a whole answer,
+  and every answer is as long as it may be. `decode.generate` runs the two
+  halves as two programs; here they are one.
+
+  Args:
+    config: with its architecture and the size of its vocabulary.
+    mesh: of devices that need not exist.
+  """
+  settings, model = config.collect, config.model
+  prompts = max(settings.batch_size // settings.samples, 1)
+  room = max(config.data.row_length - settings.max_new_tokens, _LEAST_ROOM)
+  policy = _abstract_policy(config, mesh)
+  whole = replicated(mesh)
+  batch = (
+    jax.ShapeDtypeStruct((prompts, room), jnp.int32, sharding=whole),
+    jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=whole),
+  )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+
+  def sample(params: Any, tokens: Any, lengths: Any, key: Any) -> Any:
+    grown = extend(
+      params,
+      read_prompts(params, tokens, lengths, model),
+      key,
+      model,
+      branches=settings.samples,
+      sampler=Sampler(settings.temperature, settings.top_k, settings.top_p),
+      eos_ids=(0,),  # any will do: which token ends an answer has no shape
+      max_new_tokens=settings.max_new_tokens,
+    )
+    # The cache of the answers is not asked for.
+    return grown.tokens, grown.lengths, grown.finished, grown.logps
+
+  def lower() -> Any:
+    with jax.set_mesh(mesh):
+      return jax.jit(sample).lower(policy, *batch, key)
+
+  tokens = prompts * settings.samples * settings.max_new_tokens
+  head = model.vocab_size * model.embed_dim
+  embeddings = head if model.tie_embeddings else 2 * head
+  layers = sum(math.prod(x.shape) for x in jax.tree.leaves(policy)) - embeddings
+  return Program(
+    lower,
+    {"weights of policy": policy, "batch": batch},
+    # Attention left out. The head reads the answers alone.
+    2.0 * (layers * (tokens + prompts * room) + head * tokens),
+    tokens,
+    loop_length=settings.max_new_tokens,
   )
 
 
@@ -137,4 +197,5 @@ def _full_rows(config: Config, objective: train.Objective) -> data.Loader:
 # What `config.aot.what` may be.
 PROGRAMS: Mapping[str, Callable[[Config, Mesh], Program]] = {
   "train": train_program,
+  "decode": decode_program,
 }

@@ -137,7 +137,7 @@ def describe(answer: dict[str, Any]) -> list[str]:
   lines += [
     f"compiled in {answer['compile_s']:.0f} s, lowered in "
     f"{answer['lower_s']:.1f} s",
-    f"a device and step: {answer['flops']:.3g} flops, "
+    f"a device and call: {answer['flops']:.3g} flops, "
     f"{answer['hbm_bytes']:.3g} bytes of memory traffic",
   ]
   for name, item in answer["collectives"].items():

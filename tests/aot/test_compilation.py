@@ -133,6 +133,23 @@ def test_every_objective_has_a_program(objective):
   assert program.bytes_on_device(made.arguments["batch"]) > 0
 
 
+def test_sampling_is_counted_to_the_longest_answer():
+  config = maze_config()
+  config.aot.what = "decode"
+  config.mesh.fsdp, config.mesh.tensor = 8, 1
+  config.collect = dataclasses.replace(
+    config.collect, batch_size=32, samples=2, max_new_tokens=7
+  )
+  answer = compilation.compile_program(config)
+  assert answer["fits"] and answer["tokens"] == 32 * 7
+  assert len(answer["unknown_loops"]) == 1  # it ends when all answers have
+  # With fsdp all weights are gathered again for every token, of both layers.
+  gathers = answer["collectives"]["all-gather"]
+  assert gathers["runs"] >= 7 * 2
+  share = answer["model_flops"] / answer["devices"]
+  assert share < answer["flops"] < 3 * share
+
+
 @pytest.mark.slow
 def test_slices_exchange_gradients_and_nothing_else(tmp_path):
   pytest.importorskip("libtpu", reason="needs the TPU compiler: libtpu")
