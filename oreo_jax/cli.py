@@ -4,7 +4,8 @@
     oreo train --config=configs/maze.py --workdir=runs/maze \
       --config.train.lr=1e-4
 
-The only module that reads flags, starts `jax.distributed` or prints.
+The only module that reads flags, starts `jax.distributed` or prints (but for
+the last line of a run whose processes lose each other, see `oreo_jax.watch`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -75,8 +78,38 @@ _SEARCH = flags.DEFINE_bool(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
-  "Start jax.distributed: one process a host, addresses from the cluster "
-  "(SLURM, GKE, TPU) or from JAX_COORDINATOR_ADDRESS and friends.",
+  "Start jax.distributed: one process a host (or a GPU), addresses from the "
+  "cluster (SLURM, GKE, TPU VMs), from the next three flags, or from "
+  "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", "", "HOST:PORT of process 0, the same for all processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes there are.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which process this is, from 0.", lower_bound=0
+)
+_TIMEOUTS = hosts.Timeouts()
+_START_TIMEOUT = flags.DEFINE_float(
+  "start_timeout",
+  _TIMEOUTS.start,
+  "Seconds until all processes must have come.",
+  lower_bound=1,
+)
+_SILENCE_TIMEOUT = flags.DEFINE_float(
+  "silence_timeout",
+  _TIMEOUTS.silence,
+  "Seconds until a process that is not heard of counts as dead.",
+  lower_bound=1,
+)
+_HANG_TIMEOUT = flags.DEFINE_float(
+  "hang_timeout",
+  _TIMEOUTS.hang,
+  "Seconds without a movement of any process until the run counts as hanging; "
+  "longer than any compilation.",
+  lower_bound=1,
 )
 
 
@@ -117,12 +150,16 @@ def _main(argv: Sequence[str]) -> None:
   if not STAGES[name].needs_devices:
     # Not to wait for an accelerator, nor to hold one that is not used.
     jax.config.update("jax_platforms", "cpu")
+  # From here on; the training loop saves a step instead.
+  signal.signal(signal.SIGTERM, _stop)
   if _DISTRIBUTED.value:
-    hosts.start()
+    _start_processes()
   for flag in (_TOPOLOGY, _NUM_SLICES, _WHAT, _SEARCH):
     if flag.value is not None:
       setattr(config.aot, flag.name, flag.value)
-  workspace = Workspace(config, _WORKDIR.value or _default_workdir())
+  workspace = Workspace(
+    config, checked_workdir(_WORKDIR.value or _default_workdir())
+  )
   stage = STAGES[name]
   # A mesh that cannot be is refused before anything is removed.
   mesh = workspace.mesh if stage.needs_devices else None
@@ -131,6 +168,7 @@ def _main(argv: Sequence[str]) -> None:
   in_force = jax.set_mesh(mesh) if mesh is not None else None
   with in_force or contextlib.nullcontext():
     stage.run(workspace, _say)
+  hosts.leave()
 
 
 def _set_profile(config: Config, text: str, command: str) -> None:
@@ -152,8 +190,42 @@ def _set_profile(config: Config, text: str, command: str) -> None:
   config.sft.profile = config.train.profile = (int(steps[1]), int(steps[2]))
 
 
+def _start_processes() -> None:
+  names = hosts.start(
+    _COORDINATOR.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    timeouts=hosts.Timeouts(
+      _START_TIMEOUT.value, _SILENCE_TIMEOUT.value, _HANG_TIMEOUT.value
+    ),
+  )
+  listed = ", ".join(f"{i} on {name}" for i, name in enumerate(names[:16]))
+  more = ", ..." if len(names) > 16 else ""
+  _say(f"{len(names)} processes: {listed}{more}")
+
+
+def _stop(unused_signal: int, unused_frame: object) -> None:
+  from oreo_jax.train import PreemptedError
+
+  raise PreemptedError(
+    "the command was asked to stop; the stages that had ended are saved: run "
+    "the same command again to go on"
+  )
+
+
 def _is_ours(record) -> bool:
   return record.levelname != "INFO" or "oreo_jax" in record.pathname
+
+
+def checked_workdir(workdir: str) -> str:
+  """Returns the work directory; raises a ConfigError for a bucket."""
+  if "://" in workdir:
+    raise ConfigError(
+      f"--workdir={workdir} is not a folder: oreo relies on atomic renames, "
+      "which a bucket does not have; give a file system that all hosts share "
+      "(docs/launch.md)"
+    )
+  return workdir
 
 
 def _default_workdir() -> str:
@@ -200,23 +272,40 @@ def main() -> None:
   """Entry point of the `oreo` command.
 
   Exit codes: 0, done; 2, an error that one line explains; 75, asked to stop by
-  a SIGTERM with everything saved, run the same command again.
+  a SIGTERM with everything saved, run the same command again; 76, another
+  process of the run died or hangs.
   """
   arguments = sys.argv[1:]
   try:
     check_overrides(arguments)
     app.run(_main)
-  except (ValueError, RuntimeError) as error:
+  except (Exception, KeyboardInterrupt) as error:
     # Ours all say what to do; a traceback would bury that.
     code = _exit_code(error)
-    if os.environ.get("OREO_TRACEBACK") or not code:
+    explained = code and not os.environ.get("OREO_TRACEBACK")
+    line = f"error: {error}"
+    hosts.fail(
+      code or 1,
+      str(error) or type(error).__name__,
+      line if explained else traceback.format_exc(),
+    )
+    if not explained:
       raise
-    print(f"error: {error}", file=sys.stderr)
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 
-def _exit_code(error: Exception) -> int:
+# How the errors of XLA begin, which are ValueErrors and RuntimeErrors as well.
+_STATUS = re.compile(
+  r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|"
+  r"INVALID_ARGUMENT|RESOURCE_EXHAUSTED|UNAVAILABLE|UNIMPLEMENTED|UNKNOWN): "
+)
+
+
+def _exit_code(error: BaseException) -> int:
   """Returns the code for an error whose message says what to do, else 0."""
+  if _STATUS.match(str(error)):
+    return 0
   if isinstance(error, ValueError):
     return 2
   from oreo_jax.train import DivergedError, PreemptedError

@@ -8,20 +8,196 @@ that leaves a collective computation alone makes the others wait for ever.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
+from oreo_jax.settings import ConfigError
+from oreo_jax.watch import Timeouts, Watch, announce
 
-def start() -> None:
+# The watch of this process; None where it is the only one.
+_watch: Watch | None = None
+
+
+def start(
+  coordinator: str = "",
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  timeouts: Timeouts | None = None,
+) -> list[str]:
   """Joins the processes of this run; call it before anything uses a device.
 
-  Addresses come from the cluster (SLURM, GKE, TPU VMs) or from
-  `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+  What is not given comes from `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`
+  and `JAX_PROCESS_ID`, or else from the cluster (SLURM, GKE, TPU VMs, Open
+  MPI).
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+    timeouts: when waiting for the others ends; by default as in `Timeouts`.
+
+  Returns:
+    The host of each process.
+
+  Raises:
+    ConfigError: if something is missing or wrong, or not all of them come.
   """
-  jax.distributed.initialize()
+  global _watch
+  timeouts = timeouts or Timeouts()
+  # jax reads the first of these variables, and not the other two.
+  given = (
+    coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
+    _number(num_processes, "JAX_NUM_PROCESSES"),
+    _number(process_id, "JAX_PROCESS_ID"),
+  )
+  coordinator, count, process, local_devices = _detected(*given, timeouts.start)
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit():
+    raise ConfigError(
+      f"the coordinator is {coordinator!r}, expected HOST:PORT: mend "
+      "--coordinator or JAX_COORDINATOR_ADDRESS"
+    )
+  if not 0 <= process < count:
+    raise ConfigError(
+      f"this is process {process} of {count}, expected 0 to {count - 1}: mend "
+      "--process_id and --num_processes"
+    )
+  address = host.strip("[]"), watch_port(int(port))
+  watch = Watch(address, count, process, timeouts)
+  names = watch.meet()
+  # A SIGTERM is the business of the training loop and of `cli`; jax's service
+  # would take it, and stages that do not ask that service would go on.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      count,
+      process,
+      local_device_ids=local_devices,
+      cluster_detection_method="deactivate",
+      initialization_timeout=int(timeouts.start),
+      # The watch names the host, so it must be the first to notice.
+      heartbeat_timeout_seconds=int(timeouts.silence) + 40,
+    )
+  except Exception as error:
+    raise ConfigError(
+      f"jax.distributed did not start with the coordinator {coordinator}: "
+      f"{error}. Check that the port is free on that host"
+    ) from error
+  _watch = watch
+  return names
+
+
+def watch_port(port: int) -> int:
+  """Returns the port of the watch, for the coordinator's.
+
+  The ports that jax takes under SLURM and GKE are far up; that of the watch is
+  then below those which a system gives to outgoing connections.
+  """
+  return port - 32768 if port >= 40000 else port + 4096
+
+
+def _number(value: int | None, variable: str) -> int | None:
+  text = os.environ.get(variable)
+  if value is not None or not text:
+    return value
+  try:
+    return int(text)
+  except ValueError as error:
+    raise ConfigError(
+      f"{variable} is {text!r}, expected a whole number"
+    ) from error
+
+
+def _detected(
+  coordinator: str | None,
+  count: int | None,
+  process: int | None,
+  timeout: float,
+) -> tuple[str, int, int, list[int] | None]:
+  """Fills in what the cluster knows, as `jax.distributed.initialize` does.
+
+  That function would do so itself, but does not say what it found, and the
+  processes have to meet before it: it aborts those whose peers do not come.
+  """
+  from jax._src.clusters import ClusterEnv
+
+  text = os.environ.get("JAX_LOCAL_DEVICE_IDS")
+  devices = [int(word) for word in text.split(",")] if text else None
+  if None in (coordinator, count, process):
+    try:
+      coordinator, count, process, local = (
+        ClusterEnv.auto_detect_unset_distributed_params(
+          coordinator, count, process, devices, None, int(timeout)
+        )
+      )
+      devices = list(local) if local is not None else None
+    except Exception as error:
+      raise ConfigError(
+        f"the cluster does not say who the processes are: {error}. Give "
+        "--coordinator=HOST:PORT --num_processes=N --process_id=I instead"
+      ) from error
+  missing = [
+    name
+    for name, value in (
+      ("--coordinator=HOST:PORT or JAX_COORDINATOR_ADDRESS", coordinator),
+      ("--num_processes=N or JAX_NUM_PROCESSES", count),
+      ("--process_id=I or JAX_PROCESS_ID", process),
+    )
+    if value is None
+  ]
+  if coordinator is None or count is None or process is None:
+    raise ConfigError(
+      "--distributed found no cluster (SLURM, GKE, TPU VMs, Open MPI) to ask: "
+      f"give {'; '.join(missing)}"
+    )
+  return coordinator, count, process, devices
+
+
+def leave() -> None:
+  """Returns once all processes have done their work; call it at the end.
+
+  Until then a process that dies or fails ends this one too.
+  """
+  if _watch is not None:
+    _watch.leave()
+
+
+def fail(code: int, message: str, details: str) -> None:
+  """Ends all processes because this one has failed; does nothing to one alone.
+
+  What made it fail may be the death of another one: then it prints that, and
+  ends with the exit code for it.
+
+  Args:
+    code: its exit code.
+    message: what went wrong, for the others.
+    details: what this one prints of it.
+  """
+  if _watch is None:
+    return
+  verdict = _watch.fail(code, message)
+  # All of them may have ended for one reason, as after a notice to stop.
+  same = verdict.message.endswith(f"failed: {message}")
+  if verdict.process == jax.process_index() or (same and is_chief()):
+    print(details, file=sys.stderr)
+  elif not same:
+    announce(verdict)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # jax's own farewell would wait for processes that do not come any more.
+  os._exit(verdict.code)
+
+
+def _mark(event: str) -> None:
+  if _watch is not None:
+    _watch.mark(event)
 
 
 def is_chief() -> bool:
@@ -34,6 +210,7 @@ def wait_for_all(event: str) -> None:
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
+    _mark(event)
     multihost_utils.sync_global_devices(event)
 
 
@@ -43,6 +220,7 @@ def any_of(flag: bool) -> bool:
     return flag
   from jax.experimental import multihost_utils
 
+  _mark("a question to all")
   flags = multihost_utils.process_allgather(np.asarray(flag, np.int32))
   return bool(np.max(flags))
 
@@ -76,6 +254,7 @@ class StopAgreement:
     """
     if jax.process_count() == 1:
       return flag
+    _mark(f"step {step}")
     if self._asked is not None and step < self._asked[0] + self._interval:
       return False
     from jax.experimental import multihost_utils
@@ -101,5 +280,6 @@ def to_host(tree: Any) -> Any:
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
+    _mark("the gathering of arrays")
     return multihost_utils.process_allgather(tree, tiled=True)
   return jax.device_get(tree)

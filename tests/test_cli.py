@@ -116,6 +116,13 @@ def test_bad_command_prints_the_usage(tmp_path, arguments):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_bucket_as_work_directory_is_refused():
+  # It used to become the folder `gs:` of the current one.
+  with pytest.raises(ConfigError, match="file system that all hosts share"):
+    cli.checked_workdir("gs://bucket/run")
+  assert cli.checked_workdir("runs/a") == "runs/a"
+
+
 def test_unknown_key_and_wrong_type_are_one_line_each(tmp_path):
   code, _, error = oreo(
     "sft", f"--config={MAZE}", "--config.sft.lrr=1", cwd=tmp_path
@@ -190,13 +197,22 @@ def test_exit_codes_are_one_line_each(monkeypatch, capsys, error, code):
   assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_an_error_that_explains_nothing_keeps_its_traceback(monkeypatch):
+@pytest.mark.parametrize(
+  "error",
+  [
+    RuntimeError("XLA: internal"),
+    # What jax raises in one process when another one has died. This used to be
+    # taken for an error that its line explains.
+    ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+  ],
+)
+def test_an_error_that_explains_nothing_keeps_its_traceback(monkeypatch, error):
   def fail(unused_main):
-    raise RuntimeError("XLA: internal")
+    raise error
 
   monkeypatch.setattr(cli.app, "run", fail)
   monkeypatch.setattr(cli.sys, "argv", ["oreo"])
-  with pytest.raises(RuntimeError, match="internal"):
+  with pytest.raises(type(error), match=str(error)):
     cli.main()
 
 

@@ -9,6 +9,7 @@ from oracles import processes
 
 from oreo_jax import hosts
 from oreo_jax.train.checkpoint import Checkpoints
+from oreo_jax.watch import Verdict
 
 
 def test_one_process_answers_for_itself():
@@ -56,6 +57,53 @@ def test_processes_ask_by_the_pace_of_the_slowest(monkeypatch, paces, interval):
   # Doubles at most, and ends where a question comes every two seconds.
   assert (gaps[1:] <= 2 * gaps[:-1]).all()
   assert gaps[-1] == pytest.approx(interval, abs=1)
+
+
+class Blamed:
+  """In place of the watch: the run ends because of process 1."""
+
+  def __init__(self, message):
+    self.verdict = Verdict(75, f"process 1 (host b) failed: {message}", 1)
+
+  def fail(self, code, message):
+    return self.verdict
+
+
+@pytest.mark.parametrize(
+  "index, message, printed",
+  [
+    # All stopped at the same step: the chief says it, and process 1.
+    (0, "saved at step 3", "error: saved at step 3\n"),
+    (1, "saved at step 3", "error: saved at step 3\n"),
+    (2, "saved at step 3", ""),
+    # What another process saw of it is not worth a traceback.
+    (
+      0,
+      "Connection reset",
+      "\nerror: process 1 (host b) failed: saved at step",
+    ),
+    (
+      2,
+      "Connection reset",
+      "\nerror: process 1 (host b) failed: saved at step",
+    ),
+  ],
+)
+def test_a_run_that_ends_says_why_once(
+  monkeypatch, capsys, index, message, printed
+):
+  codes = []
+  monkeypatch.setattr(hosts, "_watch", Blamed("saved at step 3"))
+  monkeypatch.setattr(hosts.jax, "process_index", lambda: index)
+  monkeypatch.setattr(hosts.os, "_exit", codes.append)
+  hosts.fail(75, message, f"error: {message}")
+  error = capsys.readouterr().err
+  assert error.startswith(printed) and bool(error) == bool(printed)
+  assert codes == [75]
+
+
+def test_a_process_alone_fails_by_itself():
+  hosts.fail(2, "no file", "error: no file")  # returns
 
 
 _TRAIN = """

@@ -16,6 +16,7 @@ LAYERS = {
   "files": 0,
   "hosts": 0,
   "settings": 0,
+  "watch": 0,
   "config": 1,
   "sharding": 1,
   "progress": 1,
