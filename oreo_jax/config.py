@@ -57,6 +57,7 @@ __all__ = [
 DTYPES = ("float32", "bfloat16")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
 REMAT = ("none", "full", "dots")  # what a backward pass computes again
+ATTENTIONS = ("reference", "blockwise", "cudnn", "splash")
 GRANULARITIES = ("token", "step", "response")
 
 
@@ -87,6 +88,9 @@ class ModelConfig(Section):
   dtype: str = choice(*DTYPES)  # compute dtype of activations
   param_dtype: str = choice(*DTYPES)  # of frozen and saved weights
   remat: str = choice(*REMAT)  # what the backward recomputes
+  # How packed rows attend; auto: what suits the backend.
+  attention: str = choice("auto", *ATTENTIONS)
+  attention_block: int = 0  # tokens a block of it; 0: what suits the backend
   unroll: int = positive(1)  # layers a scan step; num_layers: all (CPU: fast)
   lora_rank: int = 0  # set by critic.kind and lora.policy; 0: no adapters
   lora_alpha: float = 0.0  # updates are scaled by lora_alpha / lora_rank

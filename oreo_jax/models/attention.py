@@ -7,9 +7,13 @@ width, G = N/K queries that share a key.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+# (query [B, T, N, H], key, value [B, T, K, H], scale) -> mixed [B, T, N, H].
+Attend = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 
 
 def rotary_angles(

@@ -17,13 +17,13 @@ from flax import nnx
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import attention
+from oreo_jax.models.attention import Attend
 from oreo_jax.models.lora import Axes, Linear, with_leading
+from oreo_jax.models.packed_attention import attend_packed
 from oreo_jax.sharding import constrain_batch
 
 # cos and sin of `attention.rotary_angles`.
 Rotary = tuple[jax.Array, jax.Array]
-# (query [B, T, N, H], key, value [B, T, K, H], scale) -> mixed [B, T, N, H].
-Attend = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 
 
 class Cache(NamedTuple):
@@ -254,13 +254,7 @@ class Decoder(nnx.Module):
       [B, T, D].
     """
     c = self.config
-    mask = attention.packed_mask(segment_ids, sliding_window=c.sliding_window)
-
-    def attend(
-      query: jax.Array, key: jax.Array, value: jax.Array, scale: float
-    ) -> jax.Array:
-      return attention.attend(query, key, value, mask, scale=scale)
-
+    attend = attend_packed(c, segment_ids)
     graph, stacked = nnx.split(self.layers)
     rotary = self._rotary(positions)
 

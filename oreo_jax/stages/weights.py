@@ -49,8 +49,8 @@ def load_model(
   Args:
     folder: of the stage that saved it.
     role: of `train.roles.ROLES`.
-    ours: how to compute is this run's business (dtype, remat, unroll); what to
-      compute is the weights'.
+    ours: how to compute is this run's business (dtype, remat, attention,
+      unroll); what to compute is the weights'.
     mesh: the device mesh.
 
   Returns:
@@ -59,7 +59,12 @@ def load_model(
   with Checkpoints(folder / "model" / role, keep=1) as checkpoints:
     saved = from_dict(checkpoints.record()["model"], ModelConfig, "model")
     config = dataclasses.replace(
-      saved, dtype=ours.dtype, remat=ours.remat, unroll=ours.unroll
+      saved,
+      dtype=ours.dtype,
+      remat=ours.remat,
+      attention=ours.attention,
+      attention_block=ours.attention_block,
+      unroll=ours.unroll,
     )
     head = ROLES[role].head
     shapes = models.abstract_params(config, head=head)

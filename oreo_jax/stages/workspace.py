@@ -62,6 +62,8 @@ _NO_MATTER = (
   "loss_chunk",
   "profile",
   "remat",
+  "attention",
+  "attention_block",
   "unroll",
   "path",
 )
@@ -360,6 +362,13 @@ def with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   """Returns the checkpoint's architecture, computed as `model` says."""
   if not init:
     return model
-  how = ("dtype", "param_dtype", "remat", "unroll")
+  how = (
+    "dtype",
+    "param_dtype",
+    "remat",
+    "attention",
+    "attention_block",
+    "unroll",
+  )
   settings = {name: getattr(model, name) for name in how}
   return dataclasses.replace(load_hf_config(init), **settings)

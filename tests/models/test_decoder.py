@@ -258,6 +258,28 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
   jax.tree.map(assert_near, got, want)
 
 
+@pytest.mark.parametrize(
+  "name,remat",
+  [("blockwise", "none"), ("blockwise", "dots"), ("splash", "full")],
+)
+def test_attention_changes_nothing(name, remat):
+  params = make(TINY)
+  tokens, segments = pack(rows(5, 1, 8), 18)
+
+  def grads(**settings):
+    config = dataclasses.replace(TINY, sliding_window=6, **settings)
+
+    def loss(params):
+      hidden = apply(params, tokens, config, segment_ids=segments).hidden
+      return jnp.mean(logits(params, hidden, config) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  want = grads(attention="reference")
+  got = grads(attention=name, remat=remat)
+  jax.tree.map(assert_near, got, want)
+
+
 def test_bfloat16_stays_close_and_keeps_its_dtypes():
   config = dataclasses.replace(TINY, dtype="bfloat16", param_dtype="bfloat16")
   params = make(config)

@@ -108,10 +108,12 @@ def test_architecture_comes_from_the_checkpoint(
   checkpoint, trajectories, tmp_path
 ):
   config = make_config(checkpoint, trajectories)
-  config.model = ModelConfig(num_layers=7, unroll=2, remat="dots")
+  ours = {"unroll": 2, "remat": "dots", "attention": "blockwise"}
+  ours["attention_block"] = 16
+  config.model = ModelConfig(num_layers=7, **ours)
   found = Workspace(config, tmp_path).config.model
   want = load_hf_config(checkpoint)
-  assert found == dataclasses.replace(want, unroll=2, remat="dots")
+  assert found == dataclasses.replace(want, **ours)
   assert found.num_layers == 2 and found.qkv_bias and found.family == "qwen2"
 
 
