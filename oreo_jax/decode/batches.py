@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.beam import Search, step_beam_search
@@ -19,6 +20,7 @@ from oreo_jax.decode.prefix import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.values import answer_values
 from oreo_jax.models import Params
+from oreo_jax.sharding import batch_shards
 
 # Called with the number of prompts done since the last call.
 OnProgress = Callable[[int], Any]
@@ -84,7 +86,8 @@ def over_batches(
     run: from a batch of n prompts to a tree of host arrays, each of n *
       rows_per_prompt rows, prompt-major.
     prompts: token ids, ragged.
-    batch_size: rows that are decoded together.
+    batch_size: rows that are decoded together; more, where the mesh has more
+      batch shards than that many rows have prompts.
     rows_per_prompt: of them, belong to one prompt.
     prompt_length: room for a prompt; by default each batch has its own.
     on_progress: called with the prompts done.
@@ -92,7 +95,7 @@ def over_batches(
   Returns:
     The same tree with len(prompts) * rows_per_prompt rows.
   """
-  size = max(min(batch_size // rows_per_prompt, len(prompts)), 1)
+  size = _prompts_a_batch(batch_size // rows_per_prompt, len(prompts))
   results, order = [], []
   for batch in prompt_batches(prompts, size, prompt_length=prompt_length):
     rows = batch.real * rows_per_prompt
@@ -101,6 +104,30 @@ def over_batches(
     on_progress(batch.real)
   place = np.argsort(np.concatenate(order))
   return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *results)
+
+
+def _prompts_a_batch(wanted: int, available: int) -> int:
+  """Returns how many prompts are decoded together: as wanted, or a few more.
+
+  The prompts have to divide over the batch shards of the mesh in force: those
+  that do not are computed on every device, with all their activations and
+  caches. The batch is rounded up, and the last prompt fills it.
+  """
+  size = max(min(wanted, available), 1)
+  mesh = jax.sharding.get_abstract_mesh()
+  shards = 1 if mesh.empty else batch_shards(mesh)
+  rounded = -(-size // shards) * shards
+  if rounded > max(wanted, 1):
+    logging.log_first_n(
+      logging.INFO,
+      "%d prompts are decoded together instead of %d, so that they divide over "
+      "the %d batch shards of the mesh",
+      1,
+      rounded,
+      size,
+      shards,
+    )
+  return rounded
 
 
 def _rows_of(indices: np.ndarray, rows_per_prompt: int) -> np.ndarray:
