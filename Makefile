@@ -7,6 +7,10 @@ CONFIG ?= configs/maze.py
 # a fifth less time, most of it page faults before. Elsewhere it does nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Most of a test's time is compilation, which keeps one core busy. A file stays on
+# one process, because its tests share what they compile and train.
+IN_PARALLEL := -n auto --dist loadfile
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -31,7 +35,7 @@ demo:  ## Run the whole method on the embedded maze task (about ten minutes).
 	  $(BIN)/oreo run --config=$(CONFIG) --workdir=$(WORKDIR)
 
 test: $(INSTALLED_TEST)  ## Run the fast tests.
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(IN_PARALLEL)
 
 test-all: $(INSTALLED_TEST)  ## Run every test, the slow ones too.
 	$(BIN)/python -m pytest -q

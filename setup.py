@@ -36,7 +36,13 @@ REQUIRED = [
   "transformers>=5.20",
 ]
 MATH = ["math-verify[antlr4-13-2]>=0.9"]
-TEST = ["equinox>=0.13", "hypothesis>=6.130", "pytest>=9.0", *MATH]
+TEST = [
+  "equinox>=0.13",
+  "hypothesis>=6.130",
+  "pytest>=9.0",
+  "pytest-xdist>=3.8",
+  *MATH,
+]
 
 setup(
   name="oreo_jax",
