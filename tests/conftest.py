@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, strict dtype and rank promotion everywhere."""
 
 import os
+import pathlib
 
 # Read once, when the backend starts: set before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -9,6 +10,19 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Their tests compile much and compute little.
+QUICKLY_COMPILED = ("decode", "docs", "rollout", "stages", "train")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly(request):
+  room = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
+  quickly = room in QUICKLY_COMPILED
+  jax.config.update("jax_disable_most_optimizations", quickly)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

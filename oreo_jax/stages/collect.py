@@ -9,7 +9,6 @@ import numpy as np
 from absl import logging
 
 from oreo_jax import data, decode
-from oreo_jax.config import ConfigError
 from oreo_jax.data import construct
 from oreo_jax.rollout import answer_problems
 from oreo_jax.stages.records import describe
@@ -25,22 +24,21 @@ def run(workspace: Workspace, say: Say) -> None:
 
 def collect(workspace: Workspace) -> None:
   """Samples answers to training problems and writes them graded."""
-  if workspace.task is None:
-    raise ConfigError(
-      "the collect stage needs problems: set --config.task.name, or bring "
-      "trajectories with --config.data.path=FILE"
-    )
+  task = workspace.need_task(
+    "the collect stage needs problems",
+    ", or bring trajectories with --config.data.path=FILE",
+  )
   if workspace.is_done(COLLECT):
     return logging.info("collect is done: %s", workspace.path("collect"))
   settings = workspace.config.collect
   end = settings.skip + settings.problems if settings.problems else None
-  problems = workspace.task.problems("train", end)[settings.skip :]
+  problems = task.problems("train", end)[settings.skip :]
   stage_run = workspace.begin(COLLECT)
-  graded_before = Counter(workspace.task.grading_report())
+  graded_before = Counter(task.grading_report())
   answers = answer_problems(
     workspace.start_policy(),
     problems,
-    workspace.task,
+    task,
     workspace.codec,
     workspace.config.model,
     description="collect",
@@ -70,7 +68,7 @@ def collect(workspace: Workspace) -> None:
     success=float(np.mean(answers.rewards)),
     truncated=float(1.0 - generation.finished.mean()),
     blank=sum(not text.strip() for text in answers.texts),
-    grading=dict(Counter(workspace.task.grading_report()) - graded_before),
+    grading=dict(Counter(task.grading_report()) - graded_before),
     tokens_per_second=float(generation.lengths.sum() / answers.seconds),
   )
   return None

@@ -6,7 +6,6 @@ from collections import Counter
 
 from absl import logging
 
-from oreo_jax.config import ConfigError
 from oreo_jax.stages import fitting
 from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
@@ -22,19 +21,16 @@ def run(workspace: Workspace, say: Say) -> None:
 
 def fine_tune(workspace: Workspace) -> None:
   """Fine-tunes the starting policy on the task's demonstrations."""
-  if workspace.task is None:
-    raise ConfigError(
-      "the sft stage needs demonstrations: set --config.task.name, or start "
-      "from a checkpoint with --config.init=DIR"
-    )
+  task = workspace.need_task(
+    "the sft stage needs demonstrations",
+    ", or start from a checkpoint with --config.init=DIR",
+  )
   if workspace.is_done(SFT):
     return logging.info("sft is done: %s", workspace.path("sft"))
   config = workspace.config
   demonstrations = [
     workspace.codec.trajectory(problem, answer, 1.0, id=problem.id)
-    for problem, answer in workspace.task.demonstrations(
-      config.sft.examples or None
-    )
+    for problem, answer in task.demonstrations(config.sft.examples or None)
   ]
   skipped: Counter[str] = Counter()
   sequences = fitting.tokenize(workspace, demonstrations, skipped=skipped)

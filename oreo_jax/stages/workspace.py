@@ -123,10 +123,18 @@ class Workspace:
       return None
     return tasks.get_task(settings.name, **settings.options)
 
-  def need_task(self, reason: str) -> tasks.Task:
-    """Returns the task; a ConfigError says the reason where there is none."""
+  def need_task(self, reason: str, instead: str = "") -> tasks.Task:
+    """Returns the task.
+
+    Args:
+      reason: what it is needed for, said where there is none.
+      instead: what can be done without it, said after that.
+
+    Raises:
+      ConfigError: without a task.
+    """
     if self.task is None:
-      raise ConfigError(f"{reason}: set --config.task.name")
+      raise ConfigError(f"{reason}: set --config.task.name{instead}")
     return self.task
 
   @functools.cached_property

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from oracles import tiny
 
 from oreo_jax import data, models
@@ -18,13 +17,6 @@ TOKENIZER = data.make_tokenizer("byte")
 CONFIG = dataclasses.replace(tiny.MODEL, vocab_size=len(TOKENIZER))
 CODEC = Codec.make(TOKENIZER, DataConfig(), CONFIG.vocab_size)
 PROBLEM = Problem("0", "1+1?")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def example(tokens, along, *, beta=0.5):

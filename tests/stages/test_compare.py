@@ -16,14 +16,6 @@ from oreo_jax.stages import compare
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import METHODS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 SMALL = CompareConfig(
   seeds=2,
   methods=("rejection", "dpo"),

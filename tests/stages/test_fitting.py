@@ -13,13 +13,6 @@ from oreo_jax.stages.fitting import held_out_measure
 from oreo_jax.train import OBJECTIVES, init_state, make_setup
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_held_out_values_are_those_before_the_last_token():
   # AUCs of a plain forward, a sequence at a time.
   sequences = tiny.draw_sequences(24, seed=8)

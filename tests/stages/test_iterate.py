@@ -23,13 +23,6 @@ from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train.checkpoint import Checkpoints
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def run(directory, **changes):
   config = dataclasses.replace(tiny_run(), **changes)
   workspace = Workspace(config, directory)

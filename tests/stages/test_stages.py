@@ -27,13 +27,6 @@ from oreo_jax.train import PreemptedError
 GOOD = {"prompt": "1+1=", "response": "2\n", "reward": 1.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def table(path, *lines):
   """Writes a file of good rows with bad lines from line 3 on."""
   good = json.dumps(GOOD).encode()

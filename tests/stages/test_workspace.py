@@ -18,13 +18,6 @@ from oreo_jax.tasks import Problem
 from oreo_jax.train.checkpoint import Checkpoints
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def with_train(config, **changes):
   changed = dataclasses.replace(config.train, **changes)
   return dataclasses.replace(config, train=changed)
