@@ -65,7 +65,13 @@ def get_config(variant: str = "default") -> Config:
     evaluate=EvaluateConfig(
       max_new_tokens=new_tokens, max_step_tokens=3, top_p=0.95
     ),
-    # OREO's rate above and that of rejection sampling were chosen on the same
-    # 500 validation maps, with as many updates (docs/comparison.md).
-    compare=CompareConfig(share=0.3, rejection=MethodConfig(lr_scale=3.0)),
+    # OREO's rate above and those of the baselines were chosen on the same 500
+    # validation maps, with as many updates (docs/comparison.md).
+    compare=CompareConfig(
+      share=0.3,
+      rejection=MethodConfig(lr_scale=3.0),
+      dpo=MethodConfig(lr_scale=0.001),
+      kto=MethodConfig(lr_scale=0.001),
+      dqo=MethodConfig(lr_scale=0.1),
+    ),
   )

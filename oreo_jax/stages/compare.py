@@ -277,7 +277,10 @@ def learning_rates(config: Config, name: str) -> list[float]:
 
 
 def best_rate(config: Config, name: str, tried: list[dict[str, Any]]) -> float:
-  """Returns the rate of highest accuracy; of several, the lowest.
+  """Returns the rate of highest accuracy; of equals the middle one.
+
+  Rates too low to change the policy are equally good; the middle of them is the
+  furthest from where the grid ends and from where training comes apart.
 
   Args:
     config: settings of the comparison.
@@ -296,7 +299,9 @@ def best_rate(config: Config, name: str, tried: list[dict[str, Any]]) -> float:
       f"{name} diverged with all its learning rates: lower "
       f"--config.compare.{name}.lr_scales"
     )
-  return max(sound, key=lambda cell: cell["accuracy"])["lr"]
+  highest = max(cell["accuracy"] for cell in sound)
+  best = [cell["lr"] for cell in sound if cell["accuracy"] == highest]
+  return best[(len(best) - 1) // 2]
 
 
 def planned_cost(config: Config) -> int:

@@ -164,6 +164,8 @@ def test_the_choice_of_a_rate():
   choose = compare.best_rate
   tried = [cell(1e-4, 0.5), cell(1e-3, 0.7), cell(1e-2, 0.7)]
   assert choose(config, "dpo", tried) == 1e-3
+  tried = [cell(rate, 0.7) for rate in (1e-5, 1e-4, 1e-3)] + [cell(1e-2, 0.1)]
+  assert choose(config, "dpo", tried) == 1e-4
   tried = [cell(1e-4, 0.0), cell(1e-3, 0.0, True)]
   assert choose(config, "dpo", tried) == 1e-4
   with pytest.raises(ConfigError, match="compare.dpo.lr_scales"):

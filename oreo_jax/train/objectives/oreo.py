@@ -104,6 +104,7 @@ OREO = Objective(
       "oreo",
       "step",
       alpha=0.1,
+      lr_scales=(0.1, 0.3, 1.0, 3.0),
     ),
     Method(
       "oreo_response",
