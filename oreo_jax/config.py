@@ -273,6 +273,10 @@ class TrainConfig(StageConfig):
   dpo_variant: str = choice("sigmoid", "ipo")  # DPO: the loss of a pair
   # DPO: the probability of a flipped label (cDPO).
   label_smoothing: float = setting(0.0, below=0.5)
+  # When the reference is run: in every step, or once, before the first one,
+  # over all sequences. Of a stored one there are the log-probabilities of the
+  # tokens alone, so that the KL is kl=k3, and a step holds no reference.
+  reference: str = choice("online", "stored")
   # Keep on disk what the layers below lora.last_layers say of every sequence,
   # so that a step runs the last layers only: tokens x embed_dim x 2 bytes. The
   # states are bfloat16; with model.dtype=float32 that moves log-probabilities
@@ -295,6 +299,12 @@ class TrainConfig(StageConfig):
       "critic_lr",
       f"a positive rate beside value_head_lr={self.value_head_lr}, which is a "
       "multiple of it",
+    )
+    yield Rule(
+      self.reference == "online" or self.kl == "k3",
+      "kl",
+      "k3, since of a reference that is stored (train.reference=stored) there "
+      "are the log-probabilities of the tokens alone",
     )
     learns_alpha = self.objective == "oreo" and self.kl_target > 0
     yield Rule(

@@ -25,6 +25,7 @@ from oreo_jax.sharding import (
   replicated,
   shard_whole_batch,
 )
+from oreo_jax.train.forward import REF_LOGPS
 
 # (trees of parameters..., batch) -> arrays [B, T] by name, aligned on the
 # predicted token.
@@ -145,6 +146,51 @@ def policy_logps(config: ModelConfig, chunk_size: int) -> Networks:
     return {"logps": tokens.logps}
 
   return run
+
+
+def store_reference(
+  sequences: Sequence[data.Group],
+  base: Params,
+  config: ModelConfig,
+  mesh: Mesh,
+  *,
+  row_length: int,
+  batch_size: int,
+  chunk_size: int,
+) -> list[data.Group]:
+  """Gives every sequence the log-probabilities of the frozen reference.
+
+  Args:
+    sequences: what a loader packs; those longer than a row stay as they are.
+    base: the reference.
+    config: its architecture.
+    mesh: the device mesh.
+    row_length: slots of a row.
+    batch_size: rows that are run together.
+    chunk_size: positions of a chunk of the output head.
+
+  Returns:
+    The sequences with `train.forward.REF_LOGPS` among their extras, f32[L];
+    that of the first token, which nothing predicts, is 0.
+  """
+  unique = data.unique_sequences(sequences, row_length=row_length)
+  # A scorer says of action tokens what the networks say: here all are wanted.
+  everything = [
+    s._replace(action_mask=np.ones(len(s.tokens), bool))
+    for s in unique.values()
+  ]
+  scorer = Scorer(
+    everything,
+    policy_logps(config, chunk_size),
+    mesh,
+    row_length=row_length,
+    batch_size=batch_size,
+    description="reference",
+  )
+  first = np.zeros(1, np.float32)
+  logps = [np.concatenate([first, score["logps"]]) for score in scorer(base)]
+  arrays = dict(zip(unique, logps, strict=True))
+  return data.add_extra(sequences, REF_LOGPS, arrays)
 
 
 def _hidden(

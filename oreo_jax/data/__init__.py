@@ -2,6 +2,7 @@
 
 from oreo_jax.data.encoding import tokenize_prompt
 from oreo_jax.data.errors import TrajectoryError
+from oreo_jax.data.extras import Group, add_extra, unique_sequences
 from oreo_jax.data.loader import Loader, make_loader
 from oreo_jax.data.packing import Batch, pack
 from oreo_jax.data.sampled import Sampled
@@ -26,6 +27,7 @@ from oreo_jax.data.trajectories import (
 
 __all__ = [
   "Batch",
+  "Group",
   "Loader",
   "Pair",
   "Sampled",
@@ -33,6 +35,7 @@ __all__ = [
   "Trajectory",
   "TrajectoryError",
   "Turn",
+  "add_extra",
   "load_pairs",
   "load_tokenizer",
   "load_trajectories",
@@ -46,4 +49,5 @@ __all__ = [
   "tokenize_prompt",
   "tokenize_trajectories",
   "tokenize_trajectory",
+  "unique_sequences",
 ]

@@ -53,6 +53,16 @@ def fit(
   config = objective.fit_rows(workspace.config)
   stage, name = objective.stage(config), objective.name
   folder = workspace.path(name)
+  if objective.needs_reference and config.train.reference == "stored":
+    sequences = scoring.store_reference(
+      sequences,
+      base,
+      config.model,
+      workspace.mesh,
+      row_length=config.data.row_length,
+      batch_size=stage.batch_size // stage.grad_accum,
+      chunk_size=stage.loss_chunk,
+    )
   if isinstance(stage, TrainConfig) and stage.keep_trunk:
     sequences = train.keep_trunk(
       sequences,

@@ -20,8 +20,11 @@ from oreo_jax.train.roles import (
 from oreo_jax.train.setup import Setup
 
 # The extra of a batch that holds the trunk's states, [B, T, D], where they are
-# kept (`trunk.keep_trunk`).
-TRUNK = "trunk"
+# kept (`trunk.keep_trunk`). The space keeps it apart from extras of the data.
+TRUNK = "trunk states"
+# The extra that holds the log-probabilities of the reference, [B, T], with
+# train.reference=stored.
+REF_LOGPS = "reference logps"
 
 
 class Forward(NamedTuple):
@@ -129,6 +132,8 @@ def forward(
         reference["kl_direction"] = setup.train.kl
     policy_hidden = hidden("policy", networks["policy"])
     tokens = logprobs("policy", policy_hidden, **reference)
+    if REF_LOGPS in batch.extras:
+      tokens = tokens._replace(ref_logps=batch.extras[REF_LOGPS])
 
   values = None
   if "critic" in networks:

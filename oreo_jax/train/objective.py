@@ -154,6 +154,11 @@ class Objective:
     """Whether the frozen reference is run."""
     return "reference" in self.reads
 
+  @property
+  def trains_on_data(self) -> bool:
+    """Whether all that it reads is what the loader packs, as it is packed."""
+    return self.batch is batch_of_step
+
   def stage(self, config: Config) -> StageConfig:
     """Returns the section with its batches and its optimiser."""
     return getattr(config, self.section)

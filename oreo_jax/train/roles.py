@@ -150,7 +150,9 @@ ROLES: dict[str, Role] = {
     # The base as it is: an argument of the step, so never made or donated.
     Role(
       "reference",
-      is_used=lambda setup: setup.objective.needs_reference,
+      is_used=lambda setup: (
+        setup.objective.needs_reference and setup.train.reference == "online"
+      ),
       head="lm",
       trunk=lambda setup: BASE,
     ),

@@ -4,6 +4,7 @@ import dataclasses
 
 from oreo_jax.config import (
   Config,
+  ConfigError,
   LoraConfig,
   ModelConfig,
   StageConfig,
@@ -53,7 +54,17 @@ def make_setup(
     objective: of `objectives.OBJECTIVES`, or one of your own.
     num_steps: updates of the whole stage.
     max_segments: most sequences that a row of a batch holds; 0 if not known.
+
+  Raises:
+    ConfigError: if the reference is to be stored, and reads more than the data.
   """
+  stored = objective.needs_reference and config.train.reference == "stored"
+  if stored and not objective.trains_on_data:
+    raise ConfigError(
+      f"config.train.reference: expected 'online', since {objective.name!r} "
+      "reads the reference on answers that are made for each batch, got "
+      "'stored'; set --config.train.reference=online"
+    )
   return Setup(
     objective=objective,
     stage=objective.stage(config),

@@ -31,7 +31,13 @@ from jax.sharding import Mesh
 
 from oreo_jax import files, hosts, models
 from oreo_jax.config import ConfigError
-from oreo_jax.data import Tokenized, make_loader
+from oreo_jax.data import (
+  Group,
+  Tokenized,
+  add_extra,
+  make_loader,
+  unique_sequences,
+)
 from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.sharding import (
@@ -49,8 +55,6 @@ from oreo_jax.train.setup import Setup
 _DTYPE = np.dtype(jnp.bfloat16)
 # Settings of a model that change neither what it says nor its dtype.
 _HOW_IT_RUNS = ("remat", "unroll", "family", "max_positions")
-
-Group = Tokenized | tuple[Tokenized, ...]
 
 
 def keep_trunk(
@@ -93,11 +97,7 @@ def keep_trunk(
     )
     return list(sequences)
   directory = pathlib.Path(directory)
-  # The same answer, sampled twice or in two pairs, is held once.
-  unique: dict[bytes, Tokenized] = {}
-  for sequence in _members(sequences):
-    if 2 <= len(sequence.tokens) <= row_length + 1:
-      unique.setdefault(_name(sequence), sequence._replace(extras={}))
+  unique = unique_sequences(sequences, row_length=row_length)
   key = _key(unique, base, setup, depth)
   store = _Store(directory, list(unique.values()), setup.model.embed_dim, key)
   states, problem = store.read()
@@ -111,20 +111,7 @@ def keep_trunk(
         "written: it has to be on a disk that all processes share; move "
         "--workdir there, or set --config.train.keep_trunk=False"
       )
-  by_name = dict(zip(unique, states, strict=True))
-
-  def with_states(sequence: Tokenized) -> Tokenized:
-    own = by_name.get(_name(sequence))
-    if own is None:
-      return sequence
-    return sequence._replace(extras={**sequence.extras, TRUNK: own})
-
-  return [
-    with_states(group)
-    if isinstance(group, Tokenized)
-    else tuple(map(with_states, group))
-    for group in sequences
-  ]
+  return add_extra(sequences, TRUNK, dict(zip(unique, states, strict=True)))
 
 
 class _Store:
@@ -294,12 +281,3 @@ def _key(
     "weights": weights,
     "tokens": tokens.hexdigest(),
   }
-
-
-def _members(groups: Sequence[Group]) -> Iterator[Tokenized]:
-  for group in groups:
-    yield from (group,) if isinstance(group, Tokenized) else group
-
-
-def _name(sequence: Tokenized) -> bytes:
-  return np.ascontiguousarray(sequence.tokens, np.int32).tobytes()
