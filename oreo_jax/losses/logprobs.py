@@ -1,21 +1,27 @@
 """Token log-probabilities and exact KL straight from hidden states.
 
 The logits of a batch, `[B, T, V]`, are often the largest array of a training
-step. Here they exist for one chunk of T at a time, in the forward pass and,
-recomputed, in the backward pass. Nothing cuts along B, so a batch sharded over
-B keeps its sharding; V may be sharded too, as nothing gathers along it.
+step. `head.py` makes them in blocks, forward and backward; here is what a
+caller sees of it. Nothing cuts along B, so a batch sharded over B keeps its
+sharding.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
-# Finite stand-in for a logit of minus infinity: its probability is 0 in
-# float32, yet differences, products and squares of it stay finite.
-_LOWEST_LOGIT = -1e9
+from oreo_jax.losses.head import (
+  Inputs,
+  Plan,
+  Sums,
+  head_gradients,
+  head_sums,
+)
 
 
 class TokenLogprobs(NamedTuple):
@@ -27,29 +33,6 @@ class TokenLogprobs(NamedTuple):
   entropy: jax.Array  # f32[B, T], of pi; no gradient
 
 
-def _log_softmax(
-  hidden: jax.Array, head: jax.Array, logit_scale: float
-) -> jax.Array:
-  # float32 from here on: a bfloat16 log-softmax loses the differences between
-  # policy and reference that all our losses are made of.
-  logits = jnp.einsum(
-    "bcd,dv->bcv",
-    hidden,
-    head.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
-  logits = jnp.maximum(logits * logit_scale, _LOWEST_LOGIT)
-  return jax.nn.log_softmax(logits, axis=-1)
-
-
-def _pick(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
-  # A masked sum takes the place of a gather: its gradient needs no scatter, and
-  # each device sums the part of a sharded vocabulary that it holds.
-  vocab = jnp.arange(log_probs.shape[-1], dtype=tokens.dtype)
-  chosen = tokens[..., None] == vocab[None, None, :]
-  return jnp.where(chosen, log_probs, 0.0).sum(axis=-1)
-
-
 def token_logprobs(
   hidden: jax.Array,
   head: jax.Array,
@@ -58,6 +41,8 @@ def token_logprobs(
   ref_hidden: jax.Array | None = None,
   ref_head: jax.Array | None = None,
   chunk_size: int = 128,
+  vocab_chunk: int = 8192,
+  vocab_axes: tuple[str, ...] = (),
   logit_scale: float = 1.0,
   kl_direction: str = "reverse",
 ) -> TokenLogprobs:
@@ -70,8 +55,9 @@ def token_logprobs(
                 = sum_v ref(v) (log ref(v) - log pi(v))   "forward"
 
   The log-softmax runs in float32 whatever the inputs' dtype. The reference is
-  a constant: no gradient reaches `ref_hidden` or `ref_head`. The gradient
-  with respect to `head` is summed over chunks in float32.
+  a constant: no gradient reaches `ref_hidden` or `ref_head`, nor
+  `logit_scale`. The gradient with respect to `head` is summed over positions
+  in float32.
 
   Args:
     hidden: [B, T, D], final hidden states, any float dtype; `hidden[:, t]`
@@ -80,12 +66,18 @@ def token_logprobs(
     tokens: i32[B, T] in [0, V).
     ref_hidden: [B, T, D'] of the frozen reference; together with `ref_head`.
     ref_head: [D', V].
-    chunk_size: positions of T whose logits exist at once; when it is smaller
-      than T no array of B * T * V elements is made, forward or backward. T
-      need not be a multiple of it. For `T <= chunk_size` the logits are kept
-      for the backward pass, not recomputed.
+    chunk_size: positions of T whose logits exist at once. T need not be a
+      multiple of it.
+    vocab_chunk: columns of V whose logits exist at once. No array of more than
+      B * chunk_size * vocab_chunk elements is made, forward or backward,
+      besides those of the size of an argument.
     logit_scale: factor on the logits, of the reference too.
     kl_direction: "reverse" (the paper's) or "forward".
+    vocab_axes: for calls inside a `jax.shard_map`: the mesh axes that V is
+      split over, first the one of the largest blocks. `head`, `ref_head` and
+      V are then this device's columns, and `tokens` are still those of the
+      whole vocabulary. The arrays have to be marked as varying over all axes
+      of the mesh in use (`jax.lax.pcast`).
 
   Returns:
     A `TokenLogprobs` of f32[B, T]; `ref_logps` and `kl` are None without a
@@ -110,56 +102,106 @@ def token_logprobs(
     )
   if chunk_size < 1:
     raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-  ref_hidden, ref_head = jax.lax.stop_gradient((ref_hidden, ref_head))
-
-  def chunk_outputs(
-    head: jax.Array,
-    hidden: jax.Array,
-    tokens: jax.Array,
-    ref_hidden: jax.Array | None,
-  ) -> TokenLogprobs:
-    log_probs = _log_softmax(hidden, head, logit_scale)
-    probs = jnp.exp(log_probs)
-    entropy = jax.lax.stop_gradient(-(probs * log_probs).sum(axis=-1))
-    logps = _pick(log_probs, tokens)
-    if ref_hidden is None or ref_head is None:
-      return TokenLogprobs(logps, None, None, entropy)
-    ref_log_probs = _log_softmax(ref_hidden, ref_head, logit_scale)
-    log_ratios = log_probs - ref_log_probs
-    if kl_direction == "reverse":
-      kl = (probs * log_ratios).sum(axis=-1)
-    else:
-      kl = -(jnp.exp(ref_log_probs) * log_ratios).sum(axis=-1)
-    return TokenLogprobs(logps, _pick(ref_log_probs, tokens), kl, entropy)
-
-  length = tokens.shape[1]
-  # Cast to the dtype of `hidden` only inside the loop, so that the gradient of
-  # the head, which the loop sums over chunks, is summed in float32.
-  head = head.astype(jnp.float32)
-  if length <= chunk_size:
-    return chunk_outputs(head, hidden, tokens, ref_hidden)
-
-  num_chunks = -(-length // chunk_size)
-  padding = num_chunks * chunk_size - length
-
-  def split(x: jax.Array) -> jax.Array:
-    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(x.shape[0], num_chunks, chunk_size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-  def join(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], num_chunks * chunk_size)[:, :length]
-
-  # The checkpoint keeps the chunk's inputs alone and recomputes its logits in
-  # the backward pass. `prevent_cse` guards checkpoints outside of loops; a scan
-  # needs no guard, and XLA optimises better without.
-  body = jax.checkpoint(chunk_outputs, prevent_cse=False)
-  chunks = jax.tree.map(split, (hidden, tokens, ref_hidden))
-  _, outputs = jax.lax.scan(
-    lambda carry, xs: (carry, body(head, *xs)), None, chunks
+  if vocab_chunk < 1:
+    raise ValueError(f"vocab_chunk must be at least 1, got {vocab_chunk}")
+  length, vocab = tokens.shape[1], head.shape[1]
+  # Blocks of nearly equal size: a last one of a few positions would cost as
+  # much as a full one.
+  count = -(-length // chunk_size)
+  positions = -(-length // count)
+  plan = Plan(
+    positions=positions,
+    columns=_columns_of(vocab, vocab_chunk),
+    forward_kl=kl_direction == "forward",
+    axes=vocab_axes,
   )
-  return jax.tree.map(join, outputs)
+
+  def pad(x: jax.Array) -> jax.Array:
+    end = count * positions - length
+    return jnp.pad(x, ((0, 0), (0, end)) + ((0, 0),) * (x.ndim - 2))
+
+  hidden, tokens, ref_hidden = jax.tree.map(pad, (hidden, tokens, ref_hidden))
+  scale = jnp.asarray(logit_scale, jnp.float32)
+  inputs = Inputs(
+    hidden,
+    head,
+    tokens.astype(jnp.int32),
+    *jax.lax.stop_gradient((scale, ref_hidden, ref_head)),
+  )
+  outputs = _outputs(plan, inputs)
+  return jax.tree.map(lambda x: x[:, :length], outputs)
+
+
+def _columns_of(vocab: int, vocab_chunk: int) -> int:
+  """Returns the columns of a block: at most `vocab_chunk`, and not far less."""
+  fewest = -(-vocab // vocab_chunk)
+  for count in range(fewest, 2 * fewest + 1):
+    if vocab % count == 0:
+      return vocab // count
+  # Blocks that do not tile the vocabulary overlap and have to be masked.
+  return -(-vocab // fewest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _outputs(plan: Plan, inputs: Inputs) -> TokenLogprobs:
+  """Has a derivative of its own, which makes the logits once more."""
+  return _outputs_of(head_sums(inputs, plan), plan)
+
+
+def _outputs_of(sums: Sums, plan: Plan) -> TokenLogprobs:
+  log_mass = jnp.log(sums.mass)
+  logps = (sums.target - sums.top) - log_mass
+  entropy = log_mass - sums.spread / sums.mass
+  ref = sums.ref
+  if ref is None:
+    return TokenLogprobs(logps, None, None, entropy)
+  ref_log_mass = jnp.log(ref.mass)
+  ref_logps = (ref.target - ref.top) - ref_log_mass
+  # log pi(v) - log ref(v) = (x - y) - shift
+  shift = (sums.top - ref.top) + (log_mass - ref_log_mass)
+  if plan.forward_kl:
+    kl = ref.ratio / ref.mass + shift
+  else:
+    kl = ref.ratio / sums.mass - shift
+  return TokenLogprobs(logps, ref_logps, kl, entropy)
+
+
+def _outputs_forward(
+  plan: Plan, marked: Any
+) -> tuple[TokenLogprobs, tuple[Inputs, Sums, tuple[()] | None]]:
+  # `Inputs`, where every array has a mark whether its gradient is asked for.
+  inputs = jax.tree.map(lambda x: x.value, marked)
+  sums = head_sums(inputs, plan)
+  # A frozen head, as that under adapters, has no gradient. The mark is handed
+  # on as structure, because what is an array here is traced in a loop.
+  trained = () if marked.head.perturbed else None
+  return _outputs_of(sums, plan), (inputs, sums, trained)
+
+
+def _outputs_backward(
+  plan: Plan,
+  residuals: tuple[Inputs, Sums, tuple[()] | None],
+  grads: TokenLogprobs,
+) -> tuple[Inputs]:
+  inputs, sums, trained = residuals
+  logps_grad, kl_grad = (
+    None if grad is None or isinstance(grad, SymbolicZero) else grad
+    for grad in (grads.logps, grads.kl)
+  )
+  zero: Any = None
+  nothing: Any = Inputs(*(zero,) * len(inputs))
+  if logps_grad is None:
+    if kl_grad is None:
+      return (nothing,)
+    logps_grad = jnp.zeros_like(kl_grad)
+  hidden_grad, head_grad = head_gradients(
+    inputs, sums, logps_grad, kl_grad, plan, with_head=trained is not None
+  )
+  hidden_grad = hidden_grad.astype(inputs.hidden.dtype)
+  return (nothing._replace(hidden=hidden_grad, head=head_grad),)
+
+
+_outputs.defvjp(_outputs_forward, _outputs_backward, symbolic_zeros=True)
 
 
 def _check(

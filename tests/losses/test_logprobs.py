@@ -26,7 +26,9 @@ def draw(seed=0, dtype=jnp.float32):
   }
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size", "kl_direction"))
+@functools.partial(
+  jax.jit, static_argnames=("chunk_size", "vocab_chunk", "kl_direction")
+)
 def outputs_and_grads(arrays, **options):
   """All outputs, and gradients of a sum that weighs every output its own."""
 
@@ -82,12 +84,53 @@ def test_equals_the_dense_log_softmax(direction):
   assert_close(out, dense(arrays, direction, 0.7), rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 11])
-def test_chunks_change_nothing(chunk_size):
+# Blocks of the vocabulary: one; some that tile it; 29 columns, which overlap.
+@pytest.mark.parametrize(
+  "chunk_size,vocab,vocab_chunk",
+  [(1, V, V), (4, V, 8), (11, V, 5), (4, 29, 8), (T, 29, 28)],
+)
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_chunks_change_nothing(direction, chunk_size, vocab, vocab_chunk):
   arrays = draw(1)
-  dense_head = outputs_and_grads(arrays, chunk_size=T + 1)
-  chunked = outputs_and_grads(arrays, chunk_size=chunk_size)
+  arrays |= {k: arrays[k][:, :vocab] for k in ("head", "ref_head")}
+  arrays["tokens"] %= vocab
+  options = {"logit_scale": 0.7, "kl_direction": direction}
+  dense_head = outputs_and_grads(arrays, chunk_size=T + 1, **options)
+  chunked = outputs_and_grads(
+    arrays, chunk_size=chunk_size, vocab_chunk=vocab_chunk, **options
+  )
   assert_close(chunked, dense_head, rtol=1e-4, atol=1e-5)
+  expected = dense(arrays, direction, 0.7)
+  assert_close(chunked[0], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_of_a_frozen_head_and_of_a_part_of_the_outputs():
+  """What no one asks for is not computed, and what is left is the same."""
+  arrays = draw(7)
+  fixed = {k: x for k, x in arrays.items() if k not in ("hidden", "head")}
+
+  def grads(names, wanted):
+    def total(*leaves):
+      given = arrays | dict(zip(names, leaves, strict=True)) | fixed
+      out = losses.token_logprobs(**given, chunk_size=4, vocab_chunk=8)
+      return sum(jnp.sum(getattr(out, name) ** 2) for name in wanted)
+
+    argnums = tuple(range(len(names)))
+    gradient = jax.jit(jax.grad(total, argnums))
+    leaves = [arrays[name] for name in names]
+    return gradient(*leaves), gradient.lower(*leaves).as_text()
+
+  (both, _), text = grads(("hidden", "head"), ("logps", "kl"))
+  (hidden,), frozen_text = grads(("hidden",), ("logps", "kl"))
+  np.testing.assert_allclose(hidden, both, rtol=1e-6)
+  # Two products for the logits in each pass, one for each gradient.
+  products = [x.count("dot_general") for x in (text, frozen_text)]
+  assert products == [6, 5]
+  (logps, _), text = grads(("hidden", "head"), ("logps",))
+  # Nothing of the reference is made where its outputs are not read.
+  assert text.count("dot_general") == 4
+  (kl, _), _ = grads(("hidden", "head"), ("kl",))
+  np.testing.assert_allclose(logps + kl, both, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_reaches_the_policy_alone():
@@ -131,29 +174,70 @@ def largest_array(jaxpr):
 
 def test_no_array_of_all_logits_forward_or_backward():
   # V far above D and T, so that logits are the largest arrays around.
-  b, t, d, v, chunk = 2, 64, 3, 1000, 8
-  arrays = {
+  b, t, d, v, chunk, vocab_chunk = 2, 64, 3, 1000, 8, 500
+  floats = {
     "hidden": jnp.zeros((b, t, d)),
     "head": jnp.zeros((d, v)),
-    "tokens": jnp.zeros((b, t), jnp.int32),
     "ref_hidden": jnp.zeros((b, t, d)),
     "ref_head": jnp.zeros((d, v)),
   }
 
-  def largest(chunk_size):
+  def largest(chunk_size, vocab_chunk):
     def total(floats):
       out = losses.token_logprobs(
-        **floats, tokens=arrays["tokens"], chunk_size=chunk_size
+        **floats,
+        tokens=jnp.zeros((b, t), jnp.int32),
+        chunk_size=chunk_size,
+        vocab_chunk=vocab_chunk,
       )
       return out.logps.sum() + out.kl.sum() + out.entropy.sum()
 
-    floats = {k: x for k, x in arrays.items() if k != "tokens"}
     return largest_array(
       jax.make_jaxpr(jax.value_and_grad(total))(floats).jaxpr
     )
 
-  assert largest(t) == b * t * v  # the measure does see them
-  assert largest(chunk) == b * chunk * v
+  assert largest(t, v) == b * t * v  # the measure does see them
+  assert largest(chunk, v) == b * chunk * v
+  assert largest(chunk, vocab_chunk) == b * chunk * vocab_chunk
+
+
+def head_memory(vocab, direction, **options):
+  """What the compiler says of loss and gradients: of temporaries, of results.
+
+  All of it is known without running it.
+  """
+  b, t, d = 2, 256, 32
+  float_, int_ = jnp.float32, jnp.int32
+  shapes = {"hidden": (b, t, d), "head": (d, vocab)}
+  shapes |= {f"ref_{name}": shape for name, shape in shapes.items()}
+  floats = {k: jax.ShapeDtypeStruct(x, float_) for k, x in shapes.items()}
+
+  def total(trained, frozen, tokens):
+    out = losses.token_logprobs(
+      **trained, **frozen, tokens=tokens, kl_direction=direction, **options
+    )
+    return (out.logps + out.kl + out.entropy).sum()
+
+  trained = {k: floats.pop(k) for k in ("hidden", "head")}
+  memory = (
+    jax.jit(jax.value_and_grad(total))
+    .lower(trained, floats, jax.ShapeDtypeStruct((b, t), int_))
+    .compile()
+    .memory_analysis()
+  )
+  return memory.temp_size_in_bytes, memory.output_size_in_bytes
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_temporary_memory_does_not_grow_with_the_vocabulary(direction):
+  """Flat from 32k to 152k; only the head and its gradient, [D, V], grow."""
+  options = {"chunk_size": 64, "vocab_chunk": 4096}
+  small, results = head_memory(32_000, direction, **options)
+  large, large_results = head_memory(151_936, direction, **options)
+  assert large_results - results == (151_936 - 32_000) * 32 * 4
+  assert large < 1.1 * small
+  # Some blocks of logits and gradients of hidden states, and nothing of V.
+  assert large < 12 * (2 * 64 * 4096) * 4
 
 
 def test_bfloat16_inputs_have_a_float32_softmax():
@@ -241,5 +325,7 @@ def test_mistakes_are_named():
     losses.token_logprobs(**arrays, kl_direction="both")
   with pytest.raises(ValueError, match="chunk_size"):
     losses.token_logprobs(**arrays, chunk_size=0)
+  with pytest.raises(ValueError, match="vocab_chunk"):
+    losses.token_logprobs(**arrays, vocab_chunk=0)
   with pytest.raises(ValueError, match="share the vocabulary"):
     losses.token_logprobs(**{**arrays, "ref_head": arrays["head"][:, 1:]})

@@ -43,6 +43,8 @@ def compiled(direction, chunk_size):
         ref_hidden=arrays[2],
         ref_head=arrays[3],
         chunk_size=chunk_size,
+        # Half of the vocabulary a block; the two overlap.
+        vocab_chunk=4 if chunk_size == 3 else 128,
         logit_scale=scale,
         kl_direction=direction,
       )
