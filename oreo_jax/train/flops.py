@@ -22,8 +22,8 @@ forward and twice that backward.
 
 from __future__ import annotations
 
-from oreo_jax.config import ModelConfig
-from oreo_jax.train.roles import BASE, Role, roles_of
+from oreo_jax.config import ModelConfig, TrainConfig
+from oreo_jax.train.roles import BASE, Role, roles_of, trunk_depth
 from oreo_jax.train.setup import Setup
 
 # The projections of a layer in the order in which activations pass them.
@@ -46,32 +46,47 @@ def step_flops(
       as an attention does that masks what it has computed.
 
   Returns:
-    FLOPs of each network that is run; their sum is the step's.
+    FLOPs of each network that is run, and under "trunk" those of the layers
+    that several of them share; their sum is the step's.
   """
   tokens = rows * length
   # `prepare` may run the networks over another batch of the same size.
-  extra = setup.objective.extra_forwards
-  return {
+  passes = 1 + setup.objective.extra_forwards
+  flops = {
     role.name: tokens
     * (
-      _forward(role, setup, length, causal) * (1 + extra)
+      passes * _forward(role, setup, length, causal)
       + _backward(role, setup, length, causal)
     )
     for role in roles_of(setup)
     if role.head
   }
+  shared = trunk_depth(setup)
+  if shared:
+    # With `keep_trunk` its states come with the batch, but not with the one
+    # that `prepare` makes.
+    stage = setup.stage
+    is_kept = isinstance(stage, TrainConfig) and stage.keep_trunk
+    layers = shared * (passes - is_kept)
+    flops["trunk"] = tokens * layers * _layer(setup.model, length, causal)
+  return flops
 
 
 def _forward(role: Role, setup: Setup, length: int, causal: bool) -> float:
-  """Returns the FLOPs of a token's forward pass."""
+  """Returns the FLOPs of a token's forward pass above the shared layers."""
   config, trunk = role.config(setup), role.trunk(setup)
   head = 2 * _head_weights(role, config)
   if trunk and trunk != BASE:
     return head  # the trunk is another role's, which has been run
-  adapters = 2 * sum(_adapter_weights(config).values())
-  products = 2 * sum(_weights(config).values()) + adapters
-  attention = _attention(config, length, causal)
-  return config.num_layers * (products + attention) + head
+  shared = trunk_depth(setup) if trunk == BASE else 0
+  return (config.num_layers - shared) * _layer(config, length, causal) + head
+
+
+def _layer(config: ModelConfig, length: int, causal: bool) -> float:
+  """Returns the FLOPs of a token's way through one layer."""
+  weights = sum(_weights(config).values())
+  adapters = sum(_adapter_weights(config).values())
+  return 2 * (weights + adapters) + _attention(config, length, causal)
 
 
 def _backward(role: Role, setup: Setup, length: int, causal: bool) -> float:
