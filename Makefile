@@ -49,7 +49,7 @@ format: $(INSTALLED_DEV)  ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## Time training, sampling and search on this machine.
+bench: $(INSTALLED)  ## Time sampling and search on this machine.
 	$(BIN)/python benchmarks/speed.py
 
 clean:  ## Remove .venv/ and caches; leave runs/ alone.

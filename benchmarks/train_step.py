@@ -1,0 +1,224 @@
+"""The training step of oreo_jax against the authors' way in PyTorch.
+
+    python benchmarks/train_step.py --size=all > train_step.json
+
+Each side is a process of its own, so that its peak memory is its own. They
+take turns, a step each, so that whatever else the machine does hits both.
+Both start from the same weights and see the same batch; the losses of every
+step are compared, and a difference ends with exit code 1: a faster step that
+computes something else is worth nothing.
+
+The result is JSON on standard output: for each size and side all the seconds,
+their median and spread, tokens a second, the process's peak memory and, for
+ours, the compiler's own account. Needs `pip install torch`. Run it on an idle
+machine: `load` says what else ran. See docs/performance.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+SIDES = ("ours", "torch")
+WARM_UP = 2  # steps of each side that are not timed
+TOLERANCE = 1e-4  # on the loss
+
+
+class Side:
+  """A process that holds one side's networks and does steps when asked."""
+
+  def __init__(self, side: str, size: str, threads: int):
+    self._process = subprocess.Popen(
+      [sys.executable, __file__, "--serve", side, size, str(threads)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self._name = side
+    self.facts = self._answer()
+
+  def ask(self, request: str) -> dict:
+    """Sends a request, "step" or "end", and waits for the answer."""
+    self._process.stdin.write(request + "\n")
+    self._process.stdin.flush()
+    return self._answer()
+
+  def _answer(self) -> dict:
+    line = self._process.stdout.readline()
+    if not line:
+      code = self._process.wait()
+      raise SystemExit(f"the side {self._name!r} ended with code {code}")
+    return json.loads(line)
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.kill()
+    self._process.wait()
+
+
+def serve(side: str, size: str, threads: int) -> None:
+  """Is the process of a side: does steps for the one that started it."""
+  # Both libraries size their pools of threads by the cores they may use.
+  if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[:threads])
+  answers, sys.stdout = sys.stdout, sys.stderr
+
+  def answer(**facts) -> None:
+    answers.write(json.dumps(facts) + "\n")
+    answers.flush()
+
+  from step_case import CASES
+
+  if side == "ours":
+    from step_ours import make
+  else:
+    import torch
+    from step_torch import make
+
+    torch.set_num_threads(threads)
+  facts, take_step = make(CASES[size])
+  answer(**facts)
+  for request in sys.stdin:
+    if request.strip() == "end":
+      break
+    start = time.perf_counter()
+    loss = take_step()
+    answer(seconds=time.perf_counter() - start, loss=loss)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # KiB on Linux, bytes on macOS.
+  scale = 1 if sys.platform == "darwin" else 1024
+  answer(process_peak_bytes=peak * scale)
+
+
+def measure(size: str, repeats: int, threads: int) -> dict:
+  """Measures both sides at one size, in turns."""
+  from step_case import CASES
+
+  sides = {}
+  try:
+    for name in SIDES:
+      say(f"{size}: making {name}")
+      sides[name] = Side(name, size, threads)
+    steps = {name: [] for name in SIDES}
+    for number in range(WARM_UP + repeats):
+      for name in SIDES:
+        # The threads of the other side spin a little before they sleep.
+        time.sleep(0.3)
+        steps[name].append(sides[name].ask("step"))
+      say(
+        f"{size}: step {number + 1} of {WARM_UP + repeats}: "
+        + ", ".join(f"{n} {s[-1]['seconds']:.3f} s" for n, s in steps.items())
+      )
+    memory = {name: sides[name].ask("end") for name in SIDES}
+  finally:
+    for side in sides.values():
+      side.close()
+
+  tokens = CASES[size].tokens
+  result = {
+    "size": size,
+    "tokens_per_step": tokens,
+    **{
+      name: {
+        **sides[name].facts,
+        **timings([s["seconds"] for s in steps[name][WARM_UP:]], tokens),
+        **memory[name],
+      }
+      for name in SIDES
+    },
+  }
+  ours, theirs = (result[name] for name in SIDES)
+  result["speed_ratio"] = theirs["median_s"] / ours["median_s"]
+  result["memory_ratio"] = (
+    ours["process_peak_bytes"] / theirs["process_peak_bytes"]
+  )
+  losses = [[step["loss"] for step in steps[name]] for name in SIDES]
+  differences = [abs(a - b) for a, b in zip(*losses, strict=True)]
+  result["check"] = {
+    "first_loss": {name: steps[name][0]["loss"] for name in SIDES},
+    "largest_difference_of_losses": max(differences),
+    "same_loss": max(differences) <= TOLERANCE,
+    "same_parameters": ours["parameters"] == theirs["parameters"],
+  }
+  return result
+
+
+def timings(seconds: list[float], tokens: int) -> dict:
+  """Returns the median of some times, and how far they are apart."""
+  median = statistics.median(seconds)
+  return {
+    "seconds": [round(s, 4) for s in seconds],
+    "median_s": median,
+    "least_s": min(seconds),
+    "most_s": max(seconds),
+    "tokens_per_s": tokens / median,
+  }
+
+
+def say(text: str) -> None:
+  """Tells whoever waits how far it is."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+  """Reads the arguments, measures and prints."""
+  parser = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  parser.add_argument(
+    "--size", choices=("small", "large", "all", "tiny"), default="all"
+  )
+  parser.add_argument(
+    "--repeats", type=int, default=10, help="timed steps of each side"
+  )
+  parser.add_argument(
+    "--threads", type=int, default=os.cpu_count(), help="cores of each side"
+  )
+  parser.add_argument(
+    "--serve", nargs=3, help=argparse.SUPPRESS, metavar=("SIDE", "SIZE", "N")
+  )
+  arguments = parser.parse_args()
+  if arguments.serve:
+    side, size, threads = arguments.serve
+    serve(side, size, int(threads))
+    return
+  if arguments.repeats < 1 or arguments.threads < 1:
+    parser.error("--repeats and --threads must be at least 1")
+  sizes = ("small", "large") if arguments.size == "all" else (arguments.size,)
+  load = os.getloadavg()[0]
+  results = [
+    measure(size, arguments.repeats, arguments.threads) for size in sizes
+  ]
+  report = {
+    "machine": {
+      "processor": platform.processor() or platform.machine(),
+      "cores": os.cpu_count(),
+      "threads": arguments.threads,
+      "python": platform.python_version(),
+      "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    },
+    "load": {"before": load, "after": os.getloadavg()[0]},
+    "results": results,
+  }
+  print(json.dumps(report, indent=2))
+  for result in results:
+    say(
+      f"{result['size']}: ours {result['ours']['tokens_per_s']:.0f} tokens/s, "
+      f"{result['speed_ratio']:.2f} times theirs; "
+      f"{result['memory_ratio']:.2f} times their memory; losses "
+      f"{result['check']['largest_difference_of_losses']:.1e} apart"
+    )
+  checks = [result["check"] for result in results]
+  if not all(c["same_loss"] and c["same_parameters"] for c in checks):
+    sys.exit("the two sides do not compute the same: see `check`")
+
+
+if __name__ == "__main__":
+  main()
