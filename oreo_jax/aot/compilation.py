@@ -92,24 +92,32 @@ def _compiled(
     return answer | {"fits": False, "message": "\n".join(lines)}
   compile_s = time.perf_counter() - start - lower_s
   memory = answer["memory"] | _memory(executable)
-  costs = counting.count(
-    hlo.parse(executable.as_text()),
-    groups.Slices([_slice_of(device) for device in mesh.devices.flat]),
-    loop_length=program.loop_length,
-  )
   limit = memory["limit"]
   over = limit and memory["peak"] > limit
   answer = answer | {
     "fits": not over,
     "message": "the peak is more than the chip's memory" if over else "",
     "memory": memory,
+    "lower_s": lower_s,
+    "compile_s": compile_s,
+  }
+  text = _text(executable)
+  if not text:
+    return answer | {
+      "message": answer["message"]
+      or "the compiler gives no text of this program, so nothing is counted"
+    }
+  costs = counting.count(
+    hlo.parse(text),
+    groups.Slices([_slice_of(device) for device in mesh.devices.flat]),
+    loop_length=program.loop_length,
+  )
+  answer = answer | {
     "flops": costs.flops,
     "hbm_bytes": costs.hbm_bytes,
     "collectives": summary(costs.collectives),
     "unknown_loops": list(costs.unknown_loops),
     "uncounted_kernels": costs.uncounted_kernels,
-    "lower_s": lower_s,
-    "compile_s": compile_s,
   }
   if chip:
     line = roofline.make_roofline(
@@ -168,6 +176,17 @@ def _chip(config: Config, machine: topology.Topology) -> chips.Chip | None:
       f"{name!r}: set --config.aot.chip=..."
     )
   return chips.CHIPS[name]
+
+
+def _text(executable: Any) -> str:
+  """Returns the compiled program as text, "" where the compiler has none.
+
+  Of large programs for a v5p it may refuse to give one.
+  """
+  try:
+    return executable.as_text() or ""
+  except (RuntimeError, NotImplementedError):
+    return ""
 
 
 def _memory(executable: Any) -> dict[str, float]:

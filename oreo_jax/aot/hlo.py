@@ -320,8 +320,8 @@ def _through_copies(scope: Computation, name: str) -> Instruction | None:
 
 def _constant(scope: Computation, name: str) -> int | None:
   made = _through_copies(scope, name)
-  is_whole = made and made.opcode == "constant"
-  if made and is_whole and re.fullmatch(r"-?\d+", made.literal):
+  is_constant = made and made.opcode == "constant"
+  if made and is_constant and re.fullmatch(r"-?\d+", made.literal):
     return int(made.literal)
   return None
 

@@ -101,10 +101,10 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
   prompts = max(settings.batch_size // settings.samples, 1)
   room = max(config.data.row_length - settings.max_new_tokens, _LEAST_ROOM)
   policy = _abstract_policy(config, mesh)
-  whole = replicated(mesh)
+  everywhere = replicated(mesh)
   batch = (
-    jax.ShapeDtypeStruct((prompts, room), jnp.int32, sharding=whole),
-    jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=whole),
+    jax.ShapeDtypeStruct((prompts, room), jnp.int32, sharding=everywhere),
+    jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=everywhere),
   )
   key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -133,7 +133,7 @@ def describe(answer: dict[str, Any]) -> list[str]:
     if memory.get(name):
       lines.append(f"  {name:24} {gib(memory[name]):>10}")
   if "flops" not in answer:
-    return lines
+    return [*lines, answer["message"]] if answer["fits"] else lines
   lines += [
     f"compiled in {answer['compile_s']:.0f} s, lowered in "
     f"{answer['lower_s']:.1f} s",

@@ -12,6 +12,7 @@ from oreo_jax.config import ConfigError
 from oreo_jax.models.presets import preset
 from oreo_jax.progress import Progress
 from oreo_jax.sharding import make_mesh
+from oreo_jax.stages.aot import describe
 
 
 def test_bytes_of_arguments_are_those_of_the_shards(answer):
@@ -112,6 +113,28 @@ def test_what_the_compiler_says_is_kept(monkeypatch):
   assert compilation.short_message(words) == (
     "Used 29.50G of 15.75G hbm. Exceeded hbm capacity by 13.75G."
   )
+
+
+def test_a_program_without_a_text_is_judged_by_its_memory(monkeypatch):
+  class Compiled:
+    def memory_analysis(self):
+      return None
+
+    def as_text(self):
+      raise RuntimeError("UNIMPLEMENTED: no text")
+
+  class Lowered:
+    def compile(self):
+      return Compiled()
+
+  config = maze_config()
+  made = program.train_program(config, make_mesh(config.mesh))
+  monkeypatch.setitem(
+    compilation.PROGRAMS, "train", lambda *_: made._replace(lower=Lowered)
+  )
+  answer = compilation.compile_program(config)
+  assert answer["fits"] and "flops" not in answer
+  assert describe(answer)[-1].startswith("the compiler gives no text")
 
 
 def test_a_chip_that_is_not_in_the_table_is_refused():

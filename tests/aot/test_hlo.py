@@ -158,8 +158,8 @@ def test_a_text_without_an_entry_is_refused():
   ],
 )
 def test_groups_are_read_in_every_way_of_writing(attributes, members):
-  found = groups._members(attributes + ", dimensions={0}", 4)
-  np.testing.assert_array_equal(sorted(found.tolist()), members)
+  members_read = groups._members(attributes + ", dimensions={0}", 4)
+  np.testing.assert_array_equal(sorted(members_read.tolist()), members)
 
 
 @pytest.mark.parametrize(
