@@ -56,7 +56,12 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
-REMAT = ("none", "full", "dots")  # what a backward pass computes again
+REMAT = (
+  "none",
+  "full",
+  "dots",
+  "attention",
+)  # what a backward pass computes again
 ATTENTIONS = ("reference", "blockwise", "cudnn", "splash")
 GRANULARITIES = ("token", "step", "response")
 

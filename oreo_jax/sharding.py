@@ -32,6 +32,9 @@ from oreo_jax.config import ConfigError, MeshConfig
 AXES = ("dcn_data", "data", "fsdp", "tensor")
 BATCH_AXES = ("dcn_data", "data", "fsdp")
 
+# An axis of the mesh splits one dimension of an array. Where several ask for
+# it, the one that stands first here gets it: an adapter is split along its rank
+# only where it has no embedding.
 RULES: Mapping[str, str | None] = {
   "layers": None,
   "vocab": "tensor",
@@ -40,7 +43,7 @@ RULES: Mapping[str, str | None] = {
   "kv_heads": "tensor",
   "head_dim": None,
   "mlp": "tensor",
-  "rank": None,
+  "rank": "fsdp",
   "norm": None,
   "value": None,
 }
@@ -141,13 +144,6 @@ def _named(sizes: Sequence[int]) -> str:
   return f"config.mesh ({', '.join(f'{axis}={size}' for axis, size in pairs)})"
 
 
-def spec_of(axes: tuple[str | None, ...]) -> PartitionSpec:
-  """Returns the partition of an array whose dimensions mean `axes`."""
-  return PartitionSpec(
-    *(None if axis is None else RULES[axis] for axis in axes)
-  )
-
-
 def shardings_of(axes: Any, shapes: Any, mesh: Mesh) -> Any:
   """Returns a NamedSharding for every leaf.
 
@@ -163,10 +159,13 @@ def shardings_of(axes: Any, shapes: Any, mesh: Mesh) -> Any:
   def sharding_of(
     axes_of_leaf: tuple[str | None, ...], leaf: Any
   ) -> NamedSharding:
-    mesh_axes = [
-      axis if axis and dim % mesh.shape[axis] == 0 else None
-      for axis, dim in zip(spec_of(axes_of_leaf), leaf.shape, strict=True)
-    ]
+    mesh_axes: list[str | None] = [None] * len(leaf.shape)
+    dims = zip(axes_of_leaf, leaf.shape, strict=True)
+    named = [(i, name, dim) for i, (name, dim) in enumerate(dims) if name]
+    for i, name, dim in sorted(named, key=lambda x: list(RULES).index(x[1])):
+      axis = RULES[name]
+      if axis and axis not in mesh_axes and dim % mesh.shape[axis] == 0:
+        mesh_axes[i] = axis
     return NamedSharding(mesh, PartitionSpec(*mesh_axes))
 
   return jax.tree.map(

@@ -22,7 +22,6 @@ from oreo_jax.sharding import (
   shard_batch,
   shard_whole_batch,
   shardings_of,
-  spec_of,
 )
 
 
@@ -54,9 +53,26 @@ def test_a_mesh_error_names_the_flag():
     make_mesh(MeshConfig(fsdp=3))
 
 
-def test_rules():
-  assert spec_of(("embed", "mlp")) == PartitionSpec("fsdp", "tensor")
-  assert spec_of((None, "vocab")) == PartitionSpec(None, "tensor")
+@pytest.mark.parametrize(
+  "axes, shape, spec",
+  [
+    (("embed", "mlp"), (4, 8), ("fsdp", "tensor")),
+    ((None, "vocab"), (4, 8), (None, "tensor")),
+    # Adapters: along the embedding where there is one, else along the rank.
+    (("layers", "embed", "rank"), (3, 4, 4), (None, "fsdp", None)),
+    (("layers", "rank", "embed"), (3, 4, 4), (None, None, "fsdp")),
+    (("layers", "rank", "mlp"), (3, 4, 8), (None, "fsdp", "tensor")),
+    (("layers", "mlp", "rank"), (3, 8, 4), (None, "tensor", "fsdp")),
+    # An embedding that does not divide leaves the axis to the rank.
+    (("layers", "embed", "rank"), (3, 5, 4), (None, None, "fsdp")),
+  ],
+)
+def test_rules(axes, shape, spec):
+  mesh = tiny.mesh(fsdp=4, tensor=2)
+  shapes = {"x": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  assert shardings_of({"x": axes}, shapes, mesh)["x"].spec == PartitionSpec(
+    *spec
+  )
 
 
 def test_a_dimension_that_does_not_divide_stays_whole():

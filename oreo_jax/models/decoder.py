@@ -14,16 +14,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import attention
 from oreo_jax.models.attention import Attend
+from oreo_jax.models.embedding import embed
 from oreo_jax.models.lora import Axes, Linear, with_leading
 from oreo_jax.models.packed_attention import attend_packed
 from oreo_jax.sharding import constrain_batch
 
 # cos and sin of `attention.rotary_angles`.
 Rotary = tuple[jax.Array, jax.Array]
+
+
+# Names the results of the projections of attention for `_REMAT_POLICIES`.
+_ATTENTION = "attention"
 
 
 class Cache(NamedTuple):
@@ -117,13 +123,15 @@ class Block(nnx.Module):
     """
     c = self.config
     y = self.attention_norm(x)
-    query, key, value = self.q(y), self.k(y), self.v(y)
+    query, key, value = (
+      checkpoint_name(z, _ATTENTION) for z in (self.q(y), self.k(y), self.v(y))
+    )
     if self.q_norm is not None:
       query, key = self.q_norm(query), self.k_norm(key)
     query, key = (attention.rotate(z, *rotary) for z in (query, key))
     scale = c.attention_scale or c.head_dim**-0.5
     mixed = attend(query, key, value, scale)
-    x = x + self.o(mixed) * c.residual_scale
+    x = x + checkpoint_name(self.o(mixed), _ATTENTION) * c.residual_scale
     y = self.mlp_norm(x)
     y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
     return constrain_batch(x + y * c.residual_scale)
@@ -156,6 +164,7 @@ def _layer_of(
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION),
 }
 
 
@@ -425,7 +434,7 @@ class Decoder(nnx.Module):
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     c = self.config
-    x = jnp.take(self.embedding[...], tokens, axis=0).astype(c.dtype)
+    x = embed(self.embedding[...], tokens, jnp.dtype(c.dtype))
     return constrain_batch(x * c.embed_scale)
 
   def _rotary(self, positions: jax.Array) -> Rotary:

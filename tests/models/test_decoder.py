@@ -241,7 +241,9 @@ def test_eight_devices_equal_one():
   jax.tree.map(assert_near, got_grads, want_grads)
 
 
-@pytest.mark.parametrize("remat,unroll", [("full", 1), ("dots", 2)])
+@pytest.mark.parametrize(
+  "remat,unroll", [("full", 1), ("dots", 2), ("attention", 1)]
+)
 def test_remat_and_unroll_change_nothing(remat, unroll):
   params = make(TINY)
   (tokens,) = rows(8)
@@ -278,6 +280,30 @@ def test_attention_changes_nothing(name, remat):
   want = grads(attention="reference")
   got = grads(attention=name, remat=remat)
   jax.tree.map(assert_near, got, want)
+
+
+def test_remat_policies_keep_what_they_say():
+  params = make(TINY)
+  tokens = jnp.asarray(np.stack(rows(8, 8)))
+
+  def kept(remat):
+    """Numbers that wait for the backward pass; nothing is computed."""
+    config = dataclasses.replace(TINY, remat=remat)
+
+    def pullback(params):
+      return jax.vjp(lambda p: apply(p, tokens, config).hidden, params)[1]
+
+    return sum(
+      leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback, params))
+    )
+
+  full, attention, dots, none = map(kept, ("full", "attention", "dots", "none"))
+  layers = TINY.num_layers * tokens.size
+  heads = TINY.num_heads + 2 * TINY.num_kv_heads
+  assert attention - full == layers * (heads * TINY.head_dim + TINY.embed_dim)
+  # What comes out of the MLP is only added, which needs no backward pass.
+  assert dots - attention == layers * 2 * TINY.mlp_dim
+  assert dots < none
 
 
 def test_bfloat16_stays_close_and_keeps_its_dtypes():
