@@ -143,6 +143,26 @@ def test_the_death_of_a_process_ends_the_other_which_names_it(tmp_path, victim):
   assert re.search(rf"error: process {victim} \(host .*\) died:", survivor)
 
 
+@pytest.mark.slow
+def test_a_sigterm_to_one_process_saves_and_ends_both(tmp_path):
+  command = tiny_run.command(tmp_path, steps=10_000, checkpoint_every=2)
+  with launch(f"--logs={tmp_path}", "--", *command) as launcher:
+    try:
+      deadline = time.monotonic() + 900
+      while not tiny_run.saved_steps(tmp_path):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.2)
+      os.kill(child(launcher.pid, 1), signal.SIGTERM)
+      output, _ = launcher.communicate(timeout=300)
+    finally:
+      launcher.send_signal(signal.SIGTERM)
+  assert launcher.returncode == 75
+  # Each line of it is said once, by process 0 for all.
+  [saved] = re.findall(r"^error: oreo .* is saved at step (\d+)", output, re.M)
+  assert int(saved) == tiny_run.saved_steps(tmp_path)[-1]
+  assert "Traceback" not in output + (tmp_path / "process1.log").read_text()
+
+
 def child(launcher, process):
   """Returns the pid of a process that the launcher started."""
   for pid in filter(str.isdigit, os.listdir("/proc")):
