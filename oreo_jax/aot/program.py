@@ -23,6 +23,7 @@ from oreo_jax.decode.sampling import Sampler
 from oreo_jax.sharding import batch_sharding, replicated, shardings_of
 from oreo_jax.train.checkpoint import abstract_like
 from oreo_jax.train.flops import step_flops
+from oreo_jax.train.forward import stored_extras
 from oreo_jax.train.roles import needs_base
 from oreo_jax.train.state import init_state, state_shardings
 
@@ -62,9 +63,12 @@ def train_program(config: Config, mesh: Mesh) -> Program:
   state = abstract_like(state, state_shardings(setup, state, mesh))
   reference = base if needs_base(setup) else None
   rows = batch_sharding(mesh)
+  batch = objective.batch(loader, 0)
+  if isinstance(batch, data.Batch):
+    stored = stored_extras(setup, batch.tokens.shape)
+    batch = batch._replace(extras={**batch.extras, **stored})
   batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
-    objective.batch(loader, 0),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
   )
   step: Any = train.make_train_step(setup, state, mesh)  # jitted
 

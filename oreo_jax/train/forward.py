@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from oreo_jax import losses, models
+from oreo_jax.config import TrainConfig
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
 from oreo_jax.train.roles import (
@@ -150,6 +152,26 @@ def forward(
     states = hidden("target", networks["target"])
     target_logps = logprobs("target", states).logps
   return Forward(tokens, values, target_logps)
+
+
+def stored_extras(
+  setup: Setup, shape: tuple[int, int]
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns what a stage adds to the extras of its batches, as shapes.
+
+  Args:
+    setup: the stage's fixed part.
+    shape: of the batch, (B, T).
+  """
+  extras: dict[str, jax.ShapeDtypeStruct] = {}
+  if not isinstance(setup.stage, TrainConfig):
+    return extras
+  if setup.objective.needs_reference and setup.stage.reference == "stored":
+    extras[REF_LOGPS] = jax.ShapeDtypeStruct(shape, jnp.float32)
+  if setup.stage.keep_trunk and trunk_depth(setup):
+    states = (*shape, setup.model.embed_dim)
+    extras[TRUNK] = jax.ShapeDtypeStruct(states, jnp.bfloat16)
+  return extras
 
 
 def run_trunk(
