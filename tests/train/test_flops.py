@@ -23,8 +23,8 @@ from oreo_jax.train.flops import step_flops
 from oreo_jax.train.objectives.kto import KtoBatch
 from oreo_jax.train.roles import BASE, needs_base, roles_of
 
-# Wide enough that products of matrices outweigh all else, and unrolled, since
-# the compiler counts the body of a loop once.
+# Wide enough that products of matrices outweigh all else. Layers unrolled and
+# attention in one piece, since the compiler counts the body of a loop once.
 MODEL = ModelConfig(
   vocab_size=512,
   embed_dim=256,
@@ -34,6 +34,7 @@ MODEL = ModelConfig(
   head_dim=64,
   mlp_dim=512,
   unroll=3,
+  attention="reference",
 )
 ROWS, SLOTS = 4, 128
 
