@@ -442,6 +442,8 @@ class AotConfig(Section):
   remat: tuple = setting(
     ("full", "dots"), entry=str, choices=REMAT, nonempty=True
   )
+  # As model.attention_block; 0: what suits the machine.
+  attention_block: tuple = setting((0,), entry=int, nonempty=True)
 
   def rules(self) -> Iterator[Rule]:
     """Yields that the layouts of a search are those of training."""

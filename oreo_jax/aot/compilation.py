@@ -163,6 +163,7 @@ def flags_of(config: Config) -> list[str]:
     *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
     f"--config.train.grad_accum={config.train.grad_accum}",
     f"--config.model.remat={config.model.remat}",
+    f"--config.model.attention_block={config.model.attention_block}",
   ]
 
 

@@ -25,7 +25,15 @@ from oreo_jax.config import Config, ConfigError, to_dict
 from oreo_jax.progress import Progress
 
 # Settings of a search that one compilation does not depend on.
-_NO_MATTER = ("search", "jobs", "tensor", "data", "grad_accum", "remat")
+_NO_MATTER = (
+  "search",
+  "jobs",
+  "tensor",
+  "data",
+  "grad_accum",
+  "remat",
+  "attention_block",
+)
 _PACKAGE = pathlib.Path(oreo_jax.__file__).parent
 
 

@@ -26,8 +26,12 @@ def candidates(config: Config) -> list[Config]:
   per_slice = machine.num_chips // machine.num_slices
   per_slice *= 2 if machine.kind == "v4" else 1
   layouts = []
-  for tensor, data, accum, remat in itertools.product(
-    settings.tensor, settings.data, settings.grad_accum, settings.remat
+  for tensor, data, accum, remat, block in itertools.product(
+    settings.tensor,
+    settings.data,
+    settings.grad_accum,
+    settings.remat,
+    settings.attention_block,
   ):
     fsdp, rest = divmod(per_slice, tensor * data)
     shards = machine.num_slices * data * fsdp
@@ -50,7 +54,7 @@ def candidates(config: Config) -> list[Config]:
       dataclasses.replace(
         config,
         mesh=mesh,
-        model=dataclasses.replace(model, remat=remat),
+        model=dataclasses.replace(model, remat=remat, attention_block=block),
         train=dataclasses.replace(stage, grad_accum=accum),
       )
     )

@@ -13,7 +13,11 @@ from oreo_jax.config import Config, ConfigError, ModelConfig
 from oreo_jax.models.presets import PRESETS
 from oreo_jax.progress import Progress
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import Workspace, with_architecture
+from oreo_jax.stages.workspace import (
+  Workspace,
+  computed_like,
+  with_architecture,
+)
 
 _FOLDER = "aot"
 
@@ -79,13 +83,7 @@ def _preset(name: str, how: ModelConfig) -> ModelConfig:
   """Returns a published architecture, computed as `how` says."""
   for known, model in PRESETS.items():
     if name.rstrip("/").split("/")[-1].lower() == known.split("/")[-1].lower():
-      return dataclasses.replace(
-        model,
-        dtype=how.dtype,
-        param_dtype=how.param_dtype,
-        remat=how.remat,
-        unroll=how.unroll,
-      )
+      return computed_like(how, model)
   raise ConfigError(
     f"config.init={name!r} is neither a folder nor a known architecture: set "
     f"--config.init to a checkpoint, or to one of {', '.join(PRESETS)}"

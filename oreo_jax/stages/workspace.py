@@ -368,8 +368,16 @@ class Workspace:
 
 def with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   """Returns the checkpoint's architecture, computed as `model` says."""
-  if not init:
-    return model
+  return computed_like(model, load_hf_config(init)) if init else model
+
+
+def computed_like(ours: ModelConfig, architecture: ModelConfig) -> ModelConfig:
+  """Returns an architecture, computed in the way that `ours` is.
+
+  Args:
+    ours: says how: dtypes, attention, what is computed again.
+    architecture: says what.
+  """
   how = (
     "dtype",
     "param_dtype",
@@ -378,5 +386,5 @@ def with_architecture(model: ModelConfig, init: str) -> ModelConfig:
     "attention_block",
     "unroll",
   )
-  settings = {name: getattr(model, name) for name in how}
-  return dataclasses.replace(load_hf_config(init), **settings)
+  settings = {name: getattr(ours, name) for name in how}
+  return dataclasses.replace(architecture, **settings)

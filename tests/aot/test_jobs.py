@@ -121,6 +121,14 @@ def test_ranking_is_by_time_then_by_memory():
   assert len(search.table(ranked)) == 3
 
 
+def test_a_search_tries_blocks_of_attention():
+  config = maze_config(
+    tensor=(1,), grad_accum=(1,), remat=("full",), attention_block=(32, 64)
+  )
+  blocks = [c.model.attention_block for c in search.candidates(config)]
+  assert blocks == [32, 64]
+
+
 def test_a_search_without_a_layout_says_what_to_set():
   with pytest.raises(ConfigError, match="--config.aot.tensor"):
     search.candidates(maze_config(tensor=(3,)))
@@ -145,10 +153,10 @@ def test_how_a_search_is_run_does_not_change_a_key():
 def test_an_architecture_is_known_by_its_name_alone(tmp_path):
   config = maze_config()
   config.init, config.data.tokenizer = "somewhere/Qwen2.5-Math-1.5B", "hf"
-  config.model.remat = "full"
+  config.model.remat, config.model.attention = "full", "blockwise"
   model = resolve(Workspace(config, tmp_path)).model
   assert (model.num_layers, model.vocab_size) == (28, 151_936)
-  assert model.remat == "full"
+  assert (model.remat, model.attention) == ("full", "blockwise")
   config.init = "somewhere/unheard-of"
   with pytest.raises(ConfigError, match="neither a folder nor a known"):
     resolve(Workspace(config, tmp_path))
