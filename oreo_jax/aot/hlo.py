@@ -129,7 +129,9 @@ def parse(text: str) -> Module:
       if header:
         current = computations.setdefault(header[2], {})
         entry = header[2] if header[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}" or line.startswith("}, "):
+      # What kernels say of themselves is written over several lines, the last
+      # of which starts with two brackets: the computation goes on.
       current = None
     else:
       instruction = _instruction(line)

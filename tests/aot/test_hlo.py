@@ -221,6 +221,21 @@ def test_a_scanned_product_counts_once_a_layer():
   assert weights <= counted.hbm_bytes < layers * weights
 
 
+def test_a_kernel_whose_attributes_have_lines_does_not_end_a_computation():
+  text = """HloModule m
+ENTRY %main (x: f32[4,4]) -> f32[4,4] {
+  %x = f32[4,4] parameter(0)
+  %k = f32[4,4] custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": "{256}"
+}}, metadata={op_name="pallas_call"}
+  ROOT %d = f32[4,4] dot(%k, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+  counted = costs.count(hlo.parse(text), groups.Slices([0]))
+  assert counted.flops == 2 * 4 * 4 * 4
+  assert counted.uncounted_kernels == 1
+
+
 def test_one_collective_spread_over_fusions_counts_once():
   text = """HloModule m
 %f.1 (p: f32[2]) -> f32[8] {
