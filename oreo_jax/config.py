@@ -56,12 +56,9 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
-REMAT = (
-  "none",
-  "full",
-  "dots",
-  "attention",
-)  # what a backward pass computes again
+# What a backward pass computes again: nothing, a whole layer, all but its
+# products with weights, or all but those of attention, which are small.
+REMAT = ("none", "full", "dots", "attention")
 ATTENTIONS = ("reference", "blockwise", "cudnn", "splash")
 GRANULARITIES = ("token", "step", "response")
 
@@ -196,6 +193,7 @@ class StageConfig(Section):
   checkpoint_every: int = 500  # steps between checkpoints; 0: only the last
   keep_checkpoints: int = 2  # newest kept; 0: all
   loss_chunk: int = positive(512)  # positions of a chunk of the output head
+  loss_vocab_chunk: int = positive(8192)  # columns of a chunk of it
   # First and last step of a profiler trace, counted from 1; empty: none.
   profile: tuple = setting((), entry=int, above=0)
   seed: int = 0  # of the order of the data

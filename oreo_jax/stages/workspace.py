@@ -60,6 +60,7 @@ _NO_MATTER = (
   "checkpoint_every",
   "keep_checkpoints",
   "loss_chunk",
+  "loss_vocab_chunk",
   "profile",
   "remat",
   "attention",

@@ -12,6 +12,7 @@ from oreo_jax import losses, models
 from oreo_jax.config import TrainConfig
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
+from oreo_jax.train.head import token_logprobs
 from oreo_jax.train.roles import (
   BASE,
   ROLES,
@@ -111,11 +112,12 @@ def forward(
 
   def logprobs(name: str, states: jax.Array, **options: Any):
     config = configs[name]
-    return losses.token_logprobs(
+    return token_logprobs(
       states,
       models.head_matrix(networks[name], config),
       batch.targets,
       chunk_size=setup.stage.loss_chunk,
+      vocab_chunk=setup.stage.loss_vocab_chunk,
       logit_scale=config.logit_scale,
       **options,
     )

@@ -1,0 +1,164 @@
+"""The output head on a mesh: what crosses it, and how often.
+
+Weights are split over `fsdp` along D and over `tensor` along V; rows are split
+over `fsdp` too, so one of the two has to move. Left to itself, the partitioner
+gathers the head for every block of logits. Here either the head or the hidden
+states are gathered, whichever is smaller, once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from oreo_jax import losses
+from oreo_jax.sharding import BATCH_AXES, batch_shards
+
+
+def token_logprobs(
+  hidden: jax.Array,
+  head: jax.Array,
+  tokens: jax.Array,
+  *,
+  ref_hidden: jax.Array | None = None,
+  ref_head: jax.Array | None = None,
+  chunk_size: int,
+  **options: Any,
+) -> losses.TokenLogprobs:
+  """`losses.token_logprobs` on the mesh in force.
+
+  The vocabulary is split over `tensor`. Beyond that there are two ways:
+
+  - The head is gathered over `fsdp`, and its gradient summed and scattered;
+    both happen once, in the dtype of the hidden states.
+  - The vocabulary is split over `fsdp` as well, and the hidden states of all
+    rows are gathered over it. Each device holds the columns it has to itself,
+    so their gradient crosses nothing but the data axes.
+
+  Rows that do not divide over the mesh are left to the partitioner.
+
+  Args:
+    hidden: [B, T, D], rows split over the batch axes.
+    head: [D, V], split as `sharding.RULES` say.
+    tokens: i32[B, T].
+    ref_hidden: [B, T, D'] of the reference, or None.
+    ref_head: [D', V], or None.
+    chunk_size: positions of a block of logits of this device's rows.
+    **options: what else `losses.token_logprobs` takes.
+
+  Returns:
+    A `TokenLogprobs` of f32[B, T], split like the rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or len(tokens) % batch_shards(mesh):
+    return losses.token_logprobs(
+      hidden,
+      head,
+      tokens,
+      ref_hidden=ref_hidden,
+      ref_head=ref_head,
+      chunk_size=chunk_size,
+      **options,
+    )
+  vocab = head.shape[1]
+  splits_over_tensor = vocab % mesh.shape["tensor"] == 0
+  gathers_rows = splits_over_tensor and _rows_are_smaller(mesh, tokens, vocab)
+  vocab_axes = ("tensor",) if splits_over_tensor else ()
+  # Axes along which any of the arrays differ, and so all are made to.
+  axes = (*BATCH_AXES, *vocab_axes)
+  if gathers_rows:
+    # Within its block of `tensor`, each device of `fsdp` has a block.
+    vocab_axes = (*vocab_axes, "fsdp")
+    chunk_size = max(chunk_size // mesh.shape["fsdp"], 1)
+
+  def spec_of(matrix: jax.Array) -> P:
+    splits = matrix.shape[0] % mesh.shape["fsdp"] == 0
+    return P(
+      "fsdp" if splits else None, "tensor" if splits_over_tensor else None
+    )
+
+  def rows(x: jax.Array) -> jax.Array:
+    """Returns the rows that this device computes with."""
+    if gathers_rows:
+      x = jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
+    return _vary(x, BATCH_AXES, axes)
+
+  def columns(matrix: jax.Array, spec: P) -> jax.Array:
+    """Returns the columns that this device computes with."""
+    varying = tuple(axis for axis in spec if axis)
+    if spec[0] is None:
+      matrix = _vary(matrix, varying, (*varying, "fsdp"))
+      if gathers_rows:
+        size = matrix.shape[1] // mesh.shape["fsdp"]
+        start = jax.lax.axis_index("fsdp") * size
+        matrix = jax.lax.dynamic_slice_in_dim(matrix, start, size, axis=1)
+    elif gathers_rows:
+      matrix = jax.lax.all_to_all(
+        matrix, "fsdp", split_axis=1, concat_axis=0, tiled=True
+      )
+    else:
+      matrix = matrix.astype(hidden.dtype)
+      matrix = jax.lax.all_gather(matrix, "fsdp", axis=0, tiled=True)
+    return _vary(matrix, (*varying, "fsdp"), axes)
+
+  spec = spec_of(head)
+  ref_spec = spec if ref_head is None else spec_of(ref_head)
+
+  def run(
+    hidden: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    ref_hidden: jax.Array | None,
+    ref_head: jax.Array | None,
+  ) -> losses.TokenLogprobs:
+    outputs = losses.token_logprobs(
+      rows(hidden),
+      columns(head, spec),
+      rows(tokens),
+      ref_hidden=None if ref_hidden is None else rows(ref_hidden),
+      ref_head=None if ref_head is None else columns(ref_head, ref_spec),
+      chunk_size=chunk_size,
+      vocab_axes=vocab_axes,
+      **options,
+    )
+    if not gathers_rows:
+      return outputs
+    size = len(tokens)
+    start = jax.lax.axis_index("fsdp") * size
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=0), outputs
+    )
+
+  batch = P(BATCH_AXES)
+  return jax.shard_map(
+    run,
+    in_specs=(batch, spec, batch, batch, ref_spec),
+    out_specs=batch,
+  )(hidden, head, tokens, ref_hidden, ref_head)
+
+
+def _rows_are_smaller(
+  mesh: AbstractMesh, tokens: jax.Array, vocab: int
+) -> bool:
+  """Returns whether all hidden states of `fsdp` are no more than the head."""
+  fsdp = mesh.shape["fsdp"]
+  if fsdp == 1 or vocab % (fsdp * mesh.shape["tensor"]):
+    return False
+  # Both have D numbers a token or a column, and the head's columns are split
+  # over `tensor` before they are gathered.
+  positions = tokens.size // batch_shards(mesh) * fsdp
+  return positions <= vocab // mesh.shape["tensor"]
+
+
+def _vary(
+  x: jax.Array, varying: tuple[str, ...], axes: tuple[str, ...]
+) -> jax.Array:
+  """Marks an array that differs along `varying` as different along `axes`.
+
+  The transpose of the mark is the sum over the devices that hold the same.
+  """
+  missing = tuple(axis for axis in axes if axis not in varying)
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
