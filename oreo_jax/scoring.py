@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from oreo_jax import data, hosts, models
 from oreo_jax.config import ModelConfig
-from oreo_jax.losses import token_logprobs
 from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.sharding import (
@@ -26,6 +25,7 @@ from oreo_jax.sharding import (
   shard_whole_batch,
 )
 from oreo_jax.train.forward import REF_LOGPS
+from oreo_jax.train.head import token_logprobs
 
 # (trees of parameters..., batch) -> arrays [B, T] by name, aligned on the
 # predicted token.

@@ -41,6 +41,7 @@ def leaves(tree):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_every_round_has_its_folder(rounds):
   directory, results = rounds
   assert [row["round"] for row in results["rounds"]] == [0, 1, 2]
@@ -58,6 +59,7 @@ def test_every_round_has_its_folder(rounds):
   assert json.loads((directory / "rounds.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_the_last_round_is_searched_with(rounds):
   directory, results = rounds
   found = report.read_results(directory / "round2")
@@ -67,6 +69,7 @@ def test_the_last_round_is_searched_with(rounds):
   assert not (directory / "round1" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_round_starts_where_the_last_one_ended(rounds):
   directory, _ = rounds
   config = dataclasses.replace(tiny_run(), rounds=2)
@@ -97,6 +100,7 @@ def test_a_round_starts_where_the_last_one_ended(rounds):
   assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on(rounds, tmp_path):
   directory, results = rounds
   copy = tmp_path / "copy"
@@ -138,6 +142,7 @@ def test_the_critic_can_go_on(rounds, tmp_path):
   np.testing.assert_array_equal(*heads)
 
 
+@pytest.mark.slow
 def test_other_settings_are_noticed(rounds, tmp_path):
   directory, _ = rounds
   with pytest.raises(ConfigError, match="round_critic"):

@@ -113,7 +113,7 @@ def test_a_mesh_that_does_not_divide_is_an_error(tmp_path):
     file_config(tmp_path / "none"), mesh=MeshConfig(fsdp=3)
   )
   with pytest.raises(ConfigError, match="--config.mesh"):
-    Workspace(config, tmp_path)
+    _ = Workspace(config, tmp_path).mesh
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_an_error(tmp_path):

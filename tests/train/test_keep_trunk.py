@@ -29,6 +29,7 @@ def refuse_to_run(*unused_arguments):
   raise AssertionError("the trunk was run")
 
 
+@pytest.mark.slow
 def test_in_every_epoch_networks_read_the_trunk_rounded_to_bfloat16(
   tmp_path, monkeypatch
 ):

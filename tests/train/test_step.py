@@ -201,7 +201,8 @@ def test_packing_changes_nothing():
   assert_same_run(*runs)
 
 
-@pytest.mark.parametrize("objective", ["sft", slow("oreo")])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["sft", "oreo"])
 def test_no_jit_gives_the_same(objective):
   setup = make(objective)
   state, ref = start(setup, tiny.mesh())

@@ -289,6 +289,7 @@ def grade_hostile(answers, timeout_s):
   return seconds, grader
 
 
+@pytest.mark.slow
 def test_huge_powers_are_killed():
   seconds, grader = grade_hostile(["9^{9^{9^9}}", "(1+x)^{99999}"], 3.0)
   assert grader.counts["timeout"] + grader.counts["crash"] >= 1
