@@ -353,9 +353,21 @@ def _logits(
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.einsum(
-    equation, x, y.astype(x.dtype), preferred_element_type=jnp.float32
+  """Returns a product of matrices in the dtype of `x`, summed in float32."""
+  product = functools.partial(
+    jnp.einsum, equation, preferred_element_type=jnp.float32
   )
+  y = y.astype(x.dtype)
+  if x.dtype == jnp.float32:
+    return product(x, y)
+
+  def widened(x: jax.Array, y: jax.Array) -> jax.Array:
+    return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+  # XLA's CPU backend has no kernel for some products of bfloat16 that are
+  # summed in float32 ("Unsupported element type for DotThunk"). Each product of
+  # two such numbers is exact in float32, so nothing but the order changes.
+  return jax.lax.platform_dependent(x, y, cpu=widened, default=product)
 
 
 def _column_blocks(inputs: Inputs, plan: Plan) -> int:

@@ -260,6 +260,29 @@ def test_gradient_of_a_bfloat16_head_is_summed_in_float32():
   assert error.max() < 2**-7 * np.abs(expected["head"]).max()
 
 
+def test_a_bfloat16_model_reads_the_float32_table_of_its_tokens():
+  # A model with tied embeddings, trained from float32 masters.
+  arrays = draw(6, jnp.bfloat16)
+  table = jax.random.normal(jax.random.key(7), (V, D))
+
+  @jax.jit
+  def grads_of(hidden, table):
+    def loss(hidden, table):
+      out = losses.token_logprobs(
+        hidden, table.T, arrays["tokens"], chunk_size=T
+      )
+      return jnp.sum(out.logps)
+
+    return jax.grad(loss, argnums=(0, 1))(hidden, table)
+
+  hidden_grad, table_grad = grads_of(arrays["hidden"], table)
+  assert hidden_grad.dtype == jnp.bfloat16 and table_grad.dtype == jnp.float32
+  rounded = table.astype(jnp.bfloat16).astype(jnp.float32)
+  _, expected = grads_of(arrays["hidden"].astype(jnp.float32), rounded)
+  error = np.abs(np.asarray(table_grad) - np.asarray(expected))
+  assert error.max() < 2**-6 * np.abs(np.asarray(expected)).max()
+
+
 @pytest.mark.parametrize("low", [-1e9, -3e38, -np.inf])
 def test_impossible_tokens_keep_gradients_finite(low):
   # A head that rules out the upper half of the vocabulary, as a padded
