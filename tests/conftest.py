@@ -16,7 +16,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Their tests compile much and compute little.
-QUICKLY_COMPILED = ("decode", "docs", "rollout", "stages", "train")
+QUICKLY_COMPILED = (
+  "decode",
+  "docs",
+  "losses",
+  "models",
+  "rollout",
+  "stages",
+  "train",
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,6 +15,7 @@ from oreo_jax.sharding import make_mesh
 from oreo_jax.stages.aot import describe
 
 
+@pytest.mark.slow
 def test_bytes_of_arguments_are_those_of_the_shards(answer):
   # From real arrays, whose shards this machine holds.
   config = maze_config()

@@ -37,6 +37,7 @@ def layout(name, *, step_s=1.0, peak=1.0, fits=True):
   }
 
 
+@pytest.mark.slow
 def test_the_command_compiles_once_and_then_remembers(tmp_path, monkeypatch):
   config = maze_config()
   config = dataclasses.replace(

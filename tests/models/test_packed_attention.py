@@ -192,6 +192,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name,mesh",
   [("reference", "all"), ("cudnn", "all"), ("splash", "shared_keys")]
@@ -218,6 +219,7 @@ def temporary_bytes(name, length):
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_linearly_with_the_row():
   sizes = [temporary_bytes("blockwise", n) for n in (1024, 2048, 4096)]
   assert sizes[1] < 2.1 * sizes[0] and sizes[2] < 2.1 * sizes[1]

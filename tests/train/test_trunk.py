@@ -117,6 +117,7 @@ def test_what_is_shared_follows_from_the_adapters(options, depth):
   assert trunk_depth(make(**options)) == depth
 
 
+@pytest.mark.slow
 def test_a_sharded_step_is_that_of_one_device(monkeypatch):
   setup = make(ema_decay=0.9)
   base = tiny.draw_params(MODEL)
