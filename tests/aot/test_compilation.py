@@ -175,11 +175,6 @@ def test_sampling_is_counted_to_the_longest_answer():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-  strict=True,
-  reason="the backward pass of the embedding gathers the gradients of its "
-  "rows, f32[rows, T, D], from all slices, instead of summing its own",
-)
 def test_slices_exchange_gradients_and_nothing_else(tmp_path):
   pytest.importorskip("libtpu", reason="needs the TPU compiler: libtpu")
   model = preset(
