@@ -125,10 +125,7 @@ def test_the_death_of_a_process_ends_the_other_which_names_it(tmp_path, victim):
   command = tiny_run.command(tmp_path, steps=10_000, checkpoint_every=2)
   with launch(f"--logs={tmp_path}", "--", *command) as launcher:
     try:
-      deadline = time.monotonic() + 900
-      while not tiny_run.saved_steps(tmp_path):
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.2)
+      wait_for_a_checkpoint(launcher, tmp_path)
       os.kill(child(launcher.pid, victim), signal.SIGKILL)
       start = time.monotonic()
       output, _ = launcher.communicate(timeout=120)
@@ -148,10 +145,7 @@ def test_a_sigterm_to_one_process_saves_and_ends_both(tmp_path):
   command = tiny_run.command(tmp_path, steps=10_000, checkpoint_every=2)
   with launch(f"--logs={tmp_path}", "--", *command) as launcher:
     try:
-      deadline = time.monotonic() + 900
-      while not tiny_run.saved_steps(tmp_path):
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.2)
+      wait_for_a_checkpoint(launcher, tmp_path)
       os.kill(child(launcher.pid, 1), signal.SIGTERM)
       output, _ = launcher.communicate(timeout=300)
     finally:
@@ -161,6 +155,14 @@ def test_a_sigterm_to_one_process_saves_and_ends_both(tmp_path):
   [saved] = re.findall(r"^error: oreo .* is saved at step (\d+)", output, re.M)
   assert int(saved) == tiny_run.saved_steps(tmp_path)[-1]
   assert "Traceback" not in output + (tmp_path / "process1.log").read_text()
+
+
+def wait_for_a_checkpoint(launcher, directory):
+  """Returns once the processes of a launcher have saved a step."""
+  deadline = time.monotonic() + 900
+  while not tiny_run.saved_steps(directory):
+    assert time.monotonic() < deadline and launcher.poll() is None
+    time.sleep(0.2)
 
 
 def child(launcher, process):

@@ -9,6 +9,7 @@ from oracles import tiny
 
 from oreo_jax.config import Config, CriticConfig, LoraConfig, TrainConfig
 from oreo_jax.train import OBJECTIVES, init_state, keep_trunk, make_setup
+from oreo_jax.train.forward import forward
 
 MODEL = dataclasses.replace(tiny.MODEL, num_layers=3)
 ROWS = 8
@@ -41,6 +42,24 @@ def trained_state(setup, base):
 
   trees = state.params, state.averages
   return jax.tree_util.tree_map_with_path(move, trees)
+
+
+def loss_and_gradient(setup, base, batch):
+  """The loss of a host's batch and its gradient, in a state as trained."""
+  params, averages = trained_state(setup, base)
+
+  @jax.jit
+  def run(params, base, batch):
+    objective = setup.objective
+    rows, totals = objective.prepare(params, base, batch, setup)
+
+    def loss(params):
+      out = forward(params, averages, base, rows, setup)
+      return objective.loss(params, out, rows, totals, setup)[0]
+
+    return jax.value_and_grad(loss)(params)
+
+  return run(params, base, jax.tree.map(jnp.asarray, batch))
 
 
 def keep(directory, *, sequences=None, base=None, setup=None, mesh=None):

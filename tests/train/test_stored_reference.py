@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import tiny
-from oracles.adapters import MODEL, ROW_LENGTH, make, trained_state
+from oracles.adapters import MODEL, ROW_LENGTH, loss_and_gradient, make
 
 from oreo_jax.config import Config, ConfigError, TrainConfig
 from oreo_jax.data import make_loader
 from oreo_jax.scoring import store_reference
 from oreo_jax.sharding import shard_batch
 from oreo_jax.train import init_state, make_train_step
-from oreo_jax.train.forward import REF_LOGPS, forward
+from oreo_jax.train.forward import REF_LOGPS
 from oreo_jax.train.roles import needs_base, roles_of
 
 
@@ -34,22 +34,8 @@ def stored(sequences, base, mesh=None, config=MODEL):
 
 def sides(setup, base, sequences):
   """The loss and its gradient on a batch of an epoch of another packing."""
-  params, averages = trained_state(setup, base)
   loader = make_loader(sequences, batch_size=8, row_length=ROW_LENGTH, epochs=2)
-  batch = jax.tree.map(jnp.asarray, loader.batch(1))
-
-  @jax.jit
-  def run(params, base, batch):
-    objective = setup.objective
-    rows, totals = objective.prepare(params, base, batch, setup)
-
-    def loss(params):
-      out = forward(params, averages, base, rows, setup)
-      return objective.loss(params, out, rows, totals, setup)[0]
-
-    return jax.value_and_grad(loss)(params)
-
-  return run(params, base, batch)
+  return loss_and_gradient(setup, base, loader.batch(1))
 
 
 @pytest.mark.parametrize(

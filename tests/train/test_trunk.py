@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import tiny
-from oracles.adapters import MODEL, ROWS, make, trained_state
+from oracles.adapters import MODEL, ROWS, loss_and_gradient, make, trained_state
 
 from oreo_jax import models
 from oreo_jax.data import make_loader
@@ -30,23 +30,6 @@ def batch():
   return loader.batch(0)
 
 
-def loss_and_gradient(setup, base):
-  params, averages = trained_state(setup, base)
-
-  @jax.jit
-  def run(params, base, batch):
-    objective = setup.objective
-    rows, totals = objective.prepare(params, base, batch, setup)
-
-    def loss(params):
-      out = forward(params, averages, base, rows, setup)
-      return objective.loss(params, out, rows, totals, setup)[0]
-
-    return jax.value_and_grad(loss)(params)
-
-  return run(params, base, jax.tree.map(jnp.asarray, batch()))
-
-
 @pytest.mark.parametrize(
   "options",
   [
@@ -67,10 +50,10 @@ def test_losses_and_gradients_are_those_of_networks_run_apart(
 ):
   setup, base = make(**options), tiny.draw_params(MODEL)
   assert trunk_depth(setup) == 3 - setup.lora.last_layers
-  loss, gradient = loss_and_gradient(setup, base)
+  loss, gradient = loss_and_gradient(setup, base, batch())
   # Without a shared trunk every network runs all of its layers.
   monkeypatch.setattr(forward_module, "trunk_depth", lambda setup: 0)
-  want_loss, want = loss_and_gradient(setup, base)
+  want_loss, want = loss_and_gradient(setup, base, batch())
   np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
   tiny.assert_trees_close(gradient, want, rtol=1e-5, atol=1e-5)
   assert any(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(want))
