@@ -28,7 +28,7 @@ help:  ## List the targets.
 install: $(INSTALLED)  ## Create .venv/ and install the package into it.
 
 # The time of this call's installation goes into the table of stage times.
-demo:  ## Run the whole method on the embedded maze task (about ten minutes).
+demo:  ## Run the whole method on the embedded maze task (about twelve minutes).
 	@start=$$(date +%s); \
 	$(MAKE) --no-print-directory $(INSTALLED) && \
 	OREO_INSTALL_SECONDS=$$(( $$(date +%s) - start )) \
