@@ -186,6 +186,8 @@ class StageConfig(Section):
   b1: float = setting(0.9, below=1)  # AdamW
   b2: float = setting(0.95, below=1)  # AdamW
   eps: float = positive(1e-8)  # AdamW
+  # Dtype of AdamW's first moment. The second stays float32: see docs/memory.md.
+  moment_dtype: str = choice(*DTYPES)
   weight_decay: float = 0.0  # decoupled, on matrices only
   clip_norm: float = 1.0  # global norm of the gradients; 0: off
   log_every: int = positive(10)  # steps between rows of metrics.jsonl

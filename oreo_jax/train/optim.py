@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from oreo_jax.config import StageConfig, TrainConfig
@@ -61,23 +62,52 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns AdamW behind a clip of the global norm (paper A.3).
 
-  Policy and value network get one each: their gradients are clipped apart.
+  Policy and value network get one each: their gradients are clipped apart. The
+  first moment is held in `stage.moment_dtype`.
   """
   clip = (
     optax.clip_by_global_norm(stage.clip_norm)
     if stage.clip_norm
     else optax.identity()
   )
-  adamw = optax.adamw(
-    make_schedule(stage, lr, num_steps),
-    b1=stage.b1,
-    b2=stage.b2,
-    eps=stage.eps,
-    weight_decay=stage.weight_decay,
-    mask=_decay_mask,
+  adamw = optax.chain(
+    hold_first_moment(
+      optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=stage.eps),
+      jnp.dtype(stage.moment_dtype),
+    ),
+    optax.add_decayed_weights(stage.weight_decay, _decay_mask),
+    optax.scale_by_learning_rate(make_schedule(stage, lr, num_steps)),
   )
   chain = optax.chain(clip, adamw)
   return chain._replace(update=as_optax_expects(chain.update))
+
+
+def hold_first_moment(
+  adam: optax.GradientTransformation, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+  """Holds the first moment of Adam in another dtype between steps.
+
+  It is rounded once a step, after the update was made of it. The `mu_dtype` of
+  optax would also compute in bfloat16, where b1=0.9 is 0.8984: of equal
+  gradients the moment would be 1.5% too small.
+
+  Args:
+    adam: `optax.scale_by_adam`, which computes in float32.
+    dtype: in which the state holds the moment.
+  """
+
+  def cast(state: Any, dtype: jnp.dtype) -> Any:
+    return state._replace(mu=optax.tree.cast(state.mu, dtype))
+
+  def init(params: Any) -> Any:
+    return cast(adam.init(params), dtype)
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    state = cast(state, jnp.dtype(jnp.float32))
+    updates, state = adam.update(grads, state, params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(init, update)
 
 
 def make_critic_optimizer(

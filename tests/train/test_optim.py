@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from oracles import tiny
@@ -103,3 +104,67 @@ def test_gradients_are_clipped_by_their_global_norm():
   # epsilon of 1 is g / (|g| + 1).
   np.testing.assert_allclose(updates["a"]["kernel"], -0.6 / 1.6, rtol=1e-5)
   np.testing.assert_allclose(updates["b"]["kernel"], -0.8 / 1.8, rtol=1e-5)
+
+
+def noisy_gradients(steps, size=512):
+  """Gradients of mean 1 whose entries differ, in float32."""
+  rng = np.random.default_rng(7)
+  return 1 + 0.5 * rng.standard_normal((steps, size)).astype(np.float32)
+
+
+def adam_by_hand(gradients, dtype, *, b1, b2, eps):
+  """Adam's updates and first moment, in float64 but for the moment's dtype."""
+  mean = np.zeros(gradients.shape[1], dtype)
+  square = np.zeros(gradients.shape[1])
+  updates = []
+  for count, gradient in enumerate(gradients.astype(np.float64), start=1):
+    exact = b1 * mean.astype(np.float64) + (1 - b1) * gradient
+    square = b2 * square + (1 - b2) * gradient**2
+    scale = np.sqrt(square / (1 - b2**count)) + eps
+    updates.append(-exact / (1 - b1**count) / scale)
+    mean = exact.astype(dtype)
+  return np.array(updates), mean
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_moment_is_rounded_once_a_step_and_no_more(dtype):
+  stage = StageConfig(
+    moment_dtype=dtype, schedule="constant", warmup=0.0, clip_norm=0.0
+  )
+  gradients = noisy_gradients(200)
+  params = {"kernel": jnp.zeros(gradients.shape[1])}
+  optimizer = make_optimizer(stage, 1.0, len(gradients))
+  state = optimizer.init(params)
+  step = jax.jit(optimizer.update)
+  updates = []
+  for gradient in gradients:
+    update, state = step({"kernel": jnp.asarray(gradient)}, state, params)
+    updates.append(np.asarray(update["kernel"]))
+  adam = state[1][0]
+  assert adam.mu["kernel"].dtype == dtype
+  assert adam.nu["kernel"].dtype == "float32"
+  want, mean = adam_by_hand(
+    gradients,
+    {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype],
+    b1=stage.b1,
+    b2=stage.b2,
+    eps=stage.eps,
+  )
+  got = np.array(updates)
+  # float32 and float64 lie on two sides of a tie now and then, and are then
+  # rounded to neighbours in bfloat16.
+  close = np.isclose(got, want, rtol=1e-5)
+  assert close.mean() > 0.99
+  np.testing.assert_allclose(got, want, rtol=2**-8)
+  # optax's own mu_dtype gives 0.984 here: 0.9 is 0.8984 in bfloat16.
+  moment = np.asarray(adam.mu["kernel"], np.float64)
+  np.testing.assert_allclose(
+    moment.mean(), mean.astype(float).mean(), rtol=1e-4
+  )
+  exact = adam_by_hand(
+    gradients, np.float64, b1=stage.b1, b2=stage.b2, eps=stage.eps
+  )[0]
+  # Each rounding errs by half an ulp, 2^-9, and a moment remembers about
+  # b1 / (1 - b1) = 9 of them.
+  np.testing.assert_allclose(got, exact, rtol=9 * 2**-9, atol=9 * 2**-9)
+  assert abs(got[-1] - exact[-1]).mean() < 9 * 2**-9 / 3
