@@ -11,7 +11,7 @@ import math
 import re
 from typing import NamedTuple
 
-from oreo_jax.aot import groups, traffic
+from oreo_jax.aot import groups, kernels, traffic
 from oreo_jax.aot.hlo import (
   Computation,
   Instruction,
@@ -124,8 +124,10 @@ class _Counter:
       self._collective(computation, instruction, kind, times, run)
     elif opcode == "send":
       self._send(computation, instruction, times)
-    elif opcode == "custom-call":
-      self._kernel(instruction, times)
+    elif kernels.is_kernel(instruction):
+      flops = kernels.flops_of(computation, instruction)
+      self.flops += times * (flops or 0.0)
+      self.uncounted_kernels += flops is None
 
   def _collective(
     self,
@@ -201,18 +203,6 @@ class _Counter:
         traffic.shape_text(payload),
       )
     )
-
-  def _kernel(self, instruction: Instruction, times: float) -> None:
-    """Counts a kernel of our own by what it says of itself."""
-    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
-      return
-    estimate = re.search(
-      r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', instruction.attributes
-    )
-    if estimate is None:
-      self.uncounted_kernels += 1
-    else:
-      self.flops += times * int(estimate[1])
 
   def _line(self, computation: Computation, instruction: Instruction) -> str:
     """Returns the line of a collective, or of what it takes.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from oreo_jax.aot import kernels
 from oreo_jax.aot.hlo import Computation, Instruction, Leaf, Module, root_of
 
 # Nothing moves: names, containers, and the second halves of what has started.
@@ -58,6 +59,10 @@ def bytes_moved(
     f'"{name}"' in instruction.attributes for name in _FREE_CALLS
   ):
     return 0.0
+  if kernels.is_kernel(instruction):
+    moved = kernels.bytes_moved(computation, instruction)
+    if moved is not None:
+      return moved
   if opcode == "fusion":
     inner = module.computations[instruction.calls[0]]
     read = sum(

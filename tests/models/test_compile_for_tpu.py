@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+from oreo_jax.aot import hlo, kernels
 from oreo_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import abstract_params, logical_axes
@@ -90,3 +91,13 @@ def test_step_on_tpus_runs_the_splash_kernel(mesh, settings, monkeypatch):
   # 640 tokens are padded to two blocks of 384. No scores of a row anywhere.
   for length in (LENGTH, 768):
     assert f"{length},{length}]" not in text
+  # What `oreo aot` says a kernel costs. A device has 1 row of 4 heads, or 4
+  # rows of 1 head. Three of the four pairs of blocks are computed: the window
+  # reaches into the first block from the second.
+  pair = 2 * 384 * 384 * settings["head_dim"]
+  products = {"fwd": 2, "dq": 3, "dkv": 4}
+  for computation in hlo.parse(text).computations.values():
+    for item in filter(kernels.is_kernel, computation.values()):
+      phase = item.name.split("_")[2]
+      flops = kernels.flops_of(computation, item)
+      assert flops == 4 * 3 * products[phase] * pair
