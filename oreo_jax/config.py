@@ -88,7 +88,8 @@ class ModelConfig(Section):
   sliding_window: int = 0  # 0: full causal attention (Mistral v0.1: 4096)
   init_std: float = 0.0  # 0: 1/sqrt(fan_in)
   dtype: str = choice(*DTYPES)  # compute dtype of activations
-  param_dtype: str = choice(*DTYPES)  # of frozen and saved weights
+  # Of weights that are loaded, frozen or saved; what is trained is float32.
+  param_dtype: str = choice(*DTYPES)
   remat: str = choice(*REMAT)  # what the backward recomputes
   # How packed rows attend; auto: what suits the backend.
   attention: str = choice("auto", *ATTENTIONS)
@@ -282,6 +283,10 @@ class TrainConfig(StageConfig):
   # over all sequences. Of a stored one there are the log-probabilities of the
   # tokens alone, so that the KL is kl=k3, and a step holds no reference.
   reference: str = choice("online", "stored")
+  # Dtype in which a step holds the frozen policy, which is the reference and
+  # the base below adapters. The networks that are trained start from the policy
+  # as it is.
+  reference_dtype: str = choice("param_dtype", "bfloat16")
   # Keep on disk what the layers below lora.last_layers say of every sequence,
   # so that a step runs the last layers only: tokens x embed_dim x 2 bytes. The
   # states are bfloat16; with model.dtype=float32 that moves log-probabilities

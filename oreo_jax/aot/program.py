@@ -24,7 +24,7 @@ from oreo_jax.sharding import batch_sharding, replicated, shardings_of
 from oreo_jax.train.checkpoint import abstract_like
 from oreo_jax.train.flops import step_flops
 from oreo_jax.train.forward import stored_extras
-from oreo_jax.train.roles import needs_base
+from oreo_jax.train.roles import frozen_base, needs_base
 from oreo_jax.train.state import init_state, state_shardings
 
 _LEAST_ROOM = 16  # tokens of a prompt
@@ -54,14 +54,19 @@ def train_program(config: Config, mesh: Mesh) -> Program:
   loader = _full_rows(config, objective)
   # How far the schedules reach changes numbers in the program, not its shape.
   setup = train.make_setup(config, objective, 1000, loader.max_segments)
-  base = _abstract_policy(config, mesh)
+  policy = _abstract_policy(config, mesh)
 
   def fresh(base: Any) -> train.TrainState:
     return init_state(jax.random.key(0), setup, base)
 
-  state = jax.eval_shape(fresh, base)
+  state = jax.eval_shape(fresh, policy)
   state = abstract_like(state, state_shardings(setup, state, mesh))
-  reference = base if needs_base(setup) else None
+  reference = None
+  if needs_base(setup):
+    shapes = jax.eval_shape(lambda p: frozen_base(p, setup), policy)
+    reference = abstract_like(
+      shapes, jax.tree.map(lambda x: x.sharding, policy)
+    )
   rows = batch_sharding(mesh)
   batch = objective.batch(loader, 0)
   if isinstance(batch, data.Batch):

@@ -170,9 +170,14 @@ def join_adapters(base: Params, trained: Params) -> Params:
 
 
 def merge_adapters(
-  params: Params, config: ModelConfig
+  params: Params, config: ModelConfig, dtype: str | None = None
 ) -> tuple[Params, ModelConfig]:
   """Adds the adapters into their kernels: W + (alpha / r) A B.
+
+  Args:
+    params: with adapters, or without.
+    config: the architecture.
+    dtype: of the kernels that adapters were added to; None: as they were.
 
   Returns:
     (params, config) of the same model without adapters.
@@ -189,7 +194,7 @@ def merge_adapters(
       )
       update = update.reshape(kernel.shape) * (config.lora_alpha / rank)
       wide = kernel.astype(jnp.float32) + update
-      layers[name]["kernel"] = wide.astype(kernel.dtype)
+      layers[name]["kernel"] = wide.astype(dtype or kernel.dtype)
   return {**params, "layers": layers}, without_adapters(config)
 
 

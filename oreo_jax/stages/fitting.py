@@ -37,7 +37,7 @@ def fit(
   workspace: Workspace,
   objective: Objective,
   sequences: Sequence[Any],
-  base: Params,
+  load: Callable[[], Params],
   held_out: Sequence[data.Tokenized] = (),
 ) -> Fitted:
   """Trains the networks of an objective and saves them in its folder.
@@ -46,13 +46,16 @@ def fit(
     workspace: settings and folder.
     objective: of `train.OBJECTIVES`; its name is that of the folder.
     sequences: what the loader packs.
-    base: the policy to start from, the reference.
+    load: returns the policy to start from, which is the reference. It is called
+      once more where the reference is held in another dtype.
     held_out: tokenised trajectories of held-out problems, on which a value
       network is measured.
   """
   config = objective.fit_rows(workspace.config)
   stage, name = objective.stage(config), objective.name
   folder = workspace.path(name)
+  networks = train.make_setup(config, objective, num_steps=0)
+  base = train.frozen_base(load(), networks)
   if objective.needs_reference and config.train.reference == "stored":
     sequences = scoring.store_reference(
       sequences,
@@ -67,7 +70,7 @@ def fit(
     sequences = train.keep_trunk(
       sequences,
       base,
-      train.make_setup(config, objective, num_steps=0),
+      networks,
       mesh=workspace.mesh,
       row_length=config.data.row_length,
       directory=folder / "trunk",
@@ -93,6 +96,7 @@ def fit(
     mesh=workspace.mesh,
     directory=folder,
     seed=config.seed,
+    start=load if train.rounds_base(setup) else None,
     description=name,
     measure=measure,
   )

@@ -36,7 +36,7 @@ def fine_tune(workspace: Workspace) -> None:
   sequences = fitting.tokenize(workspace, demonstrations, skipped=skipped)
   stage_run = workspace.begin(SFT)
   fitted = fitting.fit(
-    workspace, OBJECTIVES["sft"], sequences, workspace.initial_policy()
+    workspace, OBJECTIVES["sft"], sequences, workspace.initial_policy
   )
   stage_run.done(
     steps=fitted.steps,

@@ -51,7 +51,7 @@ def train_objective(workspace: Workspace) -> None:
     )
   stage_run = workspace.begin(TRAIN, name)
   fitted = fitting.fit(
-    workspace, objective, sequences, workspace.start_policy(), held_out
+    workspace, objective, sequences, workspace.start_policy, held_out
   )
   stage_run.done(
     steps=fitted.steps,

@@ -8,7 +8,13 @@ from oreo_jax.train.objectives import (
   get_method,
   get_objective,
 )
-from oreo_jax.train.roles import full_configs, full_params, plain_models
+from oreo_jax.train.roles import (
+  frozen_base,
+  full_configs,
+  full_params,
+  plain_models,
+  rounds_base,
+)
 from oreo_jax.train.setup import Setup, make_setup
 from oreo_jax.train.state import TrainState, init_state, state_shardings
 from oreo_jax.train.step import make_train_step, train_step
@@ -24,6 +30,7 @@ __all__ = [
   "Setup",
   "TrainState",
   "fit",
+  "frozen_base",
   "full_configs",
   "full_params",
   "get_method",
@@ -33,6 +40,7 @@ __all__ = [
   "make_setup",
   "make_train_step",
   "plain_models",
+  "rounds_base",
   "state_shardings",
   "train_step",
 ]

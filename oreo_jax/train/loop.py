@@ -50,13 +50,15 @@ def fit(
   directory: str | pathlib.Path,
   seed: int = 0,
   critic: Params | None = None,
+  start: Callable[[], Params] | None = None,
   description: str = "train",
   measure: Callable[[TrainState, Params], dict[str, float]] | None = None,
 ) -> TrainState:
   """Trains until `setup.num_steps`, resuming from `directory` if it can.
 
   Args:
-    base: the policy to start from; it stays on as the frozen reference.
+    base: the frozen base, which is the reference too, and the policy to start
+      from unless `start` is given.
     loader: gives the batch of every step.
     setup: what is fixed during the stage.
     mesh: the device mesh, in force while this runs.
@@ -64,6 +66,8 @@ def fit(
       with `stage.profile`, `profile/`.
     seed: of fresh adapters.
     critic: a value network to go on with.
+    start: makes the policy to start from, where it is more exact than `base`.
+      It is called if there is no checkpoint, and what it returns is let go.
     description: shown beside the progress bar.
     measure: (state, base) -> figures, called every `measure_every` steps and
       after the last; written beside the losses. It raises FloatingPointError
@@ -92,17 +96,19 @@ def fit(
   checkpoints = Checkpoints(
     directory / "checkpoints", keep=stage.keep_checkpoints
   )
-  start = None
+  resumed = None
   if checkpoints.latest_step() is None:
-    state = jax.jit(fresh, out_shardings=shardings)(base, critic)
+    policy = start() if start else base
+    state = jax.jit(fresh, out_shardings=shardings)(policy, critic)
+    del policy
   else:
     state = checkpoints.restore(abstract_like(abstract, shardings))
     # The newest may be damaged: the state knows which step it is of.
-    start = int(state.step)
+    resumed = int(state.step)
     logging.info(
-      "%s goes on at step %d of %d", description, start, setup.num_steps
+      "%s goes on at step %d of %d", description, resumed, setup.num_steps
     )
-  done = start or 0
+  done = resumed or 0
 
   # --- Step: compiled once, the state donated, the reference not.
   step_fn = make_train_step(setup, abstract, mesh)
@@ -111,7 +117,7 @@ def fit(
   # --- Loop. Nothing in it waits for the devices but what looks at results.
   with (
     checkpoints,
-    MetricsWriter(directory, resume_step=start, enabled=chief) as writer,
+    MetricsWriter(directory, resume_step=resumed, enabled=chief) as writer,
     Progress(
       setup.num_steps, description, initial=done, enabled=chief
     ) as progress,

@@ -1,5 +1,7 @@
 """Held-out figures of a value network, against a fresh forward."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,16 @@ from oracles import tiny
 
 from oreo_jax import models
 from oreo_jax.analysis.values import value_aucs
-from oreo_jax.config import Config, DataConfig, TrainConfig
+from oreo_jax.config import (
+  Config,
+  CriticConfig,
+  DataConfig,
+  ModelConfig,
+  TrainConfig,
+)
+from oreo_jax.stages import fitting
 from oreo_jax.stages.fitting import held_out_measure
+from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import OBJECTIVES, init_state, make_setup
 
 
@@ -53,3 +63,38 @@ def test_held_out_values_are_those_before_the_last_token():
   )
   assert figures == pytest.approx(want)
   assert 0 < figures["heldout/pooled_auc"] < 1
+
+
+@pytest.mark.slow
+def test_a_stage_trains_against_the_rounded_reference(tmp_path):
+  def first_row(name, **train):
+    config = Config(
+      model=ModelConfig(
+        embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
+      ),
+      critic=CriticConfig(kind="shared"),
+      data=DataConfig(tokenizer="byte", row_length=16),
+      train=TrainConfig(
+        batch_size=8, max_steps=1, log_every=1, measure_every=0, **train
+      ),
+    )
+    workspace = Workspace(config, tmp_path / name)
+    fitting.fit(
+      workspace,
+      OBJECTIVES["oreo"],
+      tiny.draw_sequences(24),
+      workspace.initial_policy,
+    )
+    policy = np.asarray(
+      workspace.initial_policy()["layers"]["q"]["kernel"], np.float32
+    )
+    metrics = (tmp_path / name / "oreo" / "metrics.jsonl").read_text()
+    return json.loads(metrics.splitlines()[0]), policy
+
+  exact, policy = first_row("exact")
+  rounded, same = first_row("rounded", reference_dtype="bfloat16")
+  np.testing.assert_array_equal(policy, same)
+  # The policy starts as it is, so that rounding shows as a KL from the start.
+  assert exact["policy/kl"] == pytest.approx(0.0, abs=1e-7)
+  assert 1e-7 < rounded["policy/kl"] < 1e-3
+  assert rounded["policy/entropy"] == exact["policy/entropy"]
