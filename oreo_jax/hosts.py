@@ -8,6 +8,7 @@ that leaves a collective computation alone makes the others wait for ever.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -283,3 +284,31 @@ def to_host(tree: Any) -> Any:
     _mark("the gathering of arrays")
     return multihost_utils.process_allgather(tree, tiled=True)
   return jax.device_get(tree)
+
+
+def share_of(count: int) -> range:
+  """Returns which of `count` things this process does; each is someone's."""
+  return range(jax.process_index(), count, jax.process_count())
+
+
+def gather(value: Any) -> list[Any]:
+  """Returns what each process has to say, in their order, to all of them.
+
+  Args:
+    value: plain JSON; it may be of another length on every process.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  from jax.experimental import multihost_utils
+
+  _mark("the gathering of figures")
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  # Arrays are gathered, of one shape on all processes: fill up to the longest.
+  lengths = multihost_utils.process_allgather(np.asarray(len(text), np.int32))
+  padded = np.zeros(int(np.max(lengths)), np.uint8)
+  padded[: len(text)] = text
+  texts = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:length].tobytes())
+    for row, length in zip(texts, lengths, strict=True)
+  ]

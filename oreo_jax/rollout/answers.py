@@ -7,6 +7,7 @@ any stage or a user's own script can call them.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -135,15 +136,38 @@ def grade_texts(
 ) -> np.ndarray:
   """Grades answers, those of one problem side by side.
 
+  A verifier can take longer than the sampling, so each process grades the
+  answers to its share of the problems, and they tell each other.
+
   Args:
     task: the verifier.
     problems: n of them.
-    texts: n * samples answers.
+    texts: n * samples answers, the same on every process.
     finished: bool[n * samples]; an answer that was cut off earns 0.
 
   Returns:
-    f32[n * samples].
+    f32[n * samples], the same on every process.
   """
   samples = len(texts) // len(problems)
-  repeated = [problem for problem in problems for _ in range(samples)]
-  return task.grade(repeated, texts) * finished
+  # All answers to a problem go to one process: a verifier decides equal ones
+  # once.
+  rows = [
+    problem * samples + sample
+    for problem in hosts.share_of(len(problems))
+    for sample in range(samples)
+  ]
+  grades = task.grade(
+    [problems[row // samples] for row in rows], [texts[row] for row in rows]
+  )
+  rewards = np.zeros(len(texts), np.float32)
+  for their_rows, their_grades in hosts.gather([rows, grades.tolist()]):
+    rewards[their_rows] = their_grades
+  return rewards * finished
+
+
+def grading_counts(task: Task) -> Counter[str]:
+  """Returns how many answers were decided so far, by how, on all processes."""
+  counts: Counter[str] = Counter()
+  for report in hosts.gather(task.grading_report()):
+    counts.update(report)
+  return counts

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections import Counter
 
 import numpy as np
 from absl import logging
 
 from oreo_jax import data, decode
 from oreo_jax.data import construct
-from oreo_jax.rollout import answer_problems
+from oreo_jax.rollout import answer_problems, grading_counts
 from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.workspace import Workspace
@@ -34,7 +33,7 @@ def collect(workspace: Workspace) -> None:
   end = settings.skip + settings.problems if settings.problems else None
   problems = task.problems("train", end)[settings.skip :]
   stage_run = workspace.begin(COLLECT)
-  graded_before = Counter(task.grading_report())
+  graded_before = grading_counts(task)
   answers = answer_problems(
     workspace.start_policy(),
     problems,
@@ -68,7 +67,7 @@ def collect(workspace: Workspace) -> None:
     success=float(np.mean(answers.rewards)),
     truncated=float(1.0 - generation.finished.mean()),
     blank=sum(not text.strip() for text in answers.texts),
-    grading=dict(Counter(task.grading_report()) - graded_before),
+    grading=dict(grading_counts(task) - graded_before),
     tokens_per_second=float(generation.lengths.sum() / answers.seconds),
   )
   return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from oreo_jax.analysis.results import (
 from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import Config, ConfigError
 from oreo_jax.models import Params
-from oreo_jax.rollout import methods
+from oreo_jax.rollout import grading_counts, methods
 from oreo_jax.rollout.example import worked_example
 from oreo_jax.stages.records import RECORD, changed_sources
 from oreo_jax.stages.stage import Say, Stage
@@ -104,7 +103,7 @@ def _evaluate_task(
     settings,
   )
   stage_run = workspace.begin(EVALUATE)
-  graded_before = Counter(task.grading_report())
+  graded_before = grading_counts(task)
   rows: list[dict[str, Any]] = []
   judged: dict[str, Any] = {}
   for stage in stages:
@@ -132,7 +131,7 @@ def _evaluate_task(
     "problems": len(exam.problems),
     "objective": config.train.objective,
     "methods": rows,
-    "grading": dict(Counter(task.grading_report()) - graded_before),
+    "grading": dict(grading_counts(task) - graded_before),
     **judged,
     "timings": timings | {"evaluate": stage_run.seconds},
   }
