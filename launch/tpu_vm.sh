@@ -7,7 +7,8 @@
 #
 # It makes the TPU unless there is one of that name, copies the committed state
 # of this repository to every worker, installs it, and runs the command with
-# --distributed. Run the same again to go on after a pre-emption.
+# --distributed. After a pre-emption run it with --delete, and then the same
+# again to go on from the last checkpoint.
 #
 #   --name=NAME      of the TPU
 #   --zone=ZONE
@@ -25,8 +26,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
-  exit 2
+  sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' "$0"
 }
 
 name="" zone="" type="" project="" runtime="" queued="" slices=1 spot="" nfs=""
@@ -49,9 +49,14 @@ while [ $# -gt 0 ]; do
       shift
       break
       ;;
+    --help | -h)
+      usage
+      exit
+      ;;
     *)
       echo "error: what is $1? (the oreo command comes after --)" >&2
-      usage
+      usage >&2
+      exit 2
       ;;
   esac
   shift

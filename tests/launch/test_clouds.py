@@ -98,6 +98,11 @@ def test_wrong_flags_of_the_tpu_script_are_one_line(flags, words):
   assert code == 2 and words in error
 
 
+def test_the_tpu_script_explains_itself():
+  code, output, error = run("bash", TPU_VM, "--help")
+  assert code == 0 and not error and "--zone=ZONE" in output
+
+
 def gke(*flags, command=WORDS):
   return run(
     sys.executable, GKE, "--dry-run", "--name=mine", "--image=r/oreo:1",

@@ -36,9 +36,27 @@ def test_a_dry_run_prints_the_command(variables):
   )
 
 
-def test_it_needs_a_command():
-  outcome = subprocess.run(["bash", SCRIPT], capture_output=True, text=True)
-  assert outcome.returncode == 2 and "usage: sbatch" in outcome.stderr
+@pytest.mark.parametrize(
+  "words, code, printed",
+  [
+    ([], 2, "usage: sbatch"),
+    (["--help"], 0, "usage: sbatch"),
+    # The script by itself, where sbatch was forgotten.
+    (["train", "--config=x.py"], 2, "start it with sbatch"),
+  ],
+)
+def test_it_says_how_it_is_used(words, code, printed):
+  environment = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith("SLURM_")
+  }
+  outcome = subprocess.run(
+    ["bash", SCRIPT, *words], capture_output=True, text=True, env=environment
+  )
+  assert outcome.returncode == code
+  output = outcome.stderr if code else outcome.stdout
+  assert printed in output and "unbound" not in outcome.stderr
 
 
 @pytest.mark.slow
