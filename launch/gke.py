@@ -1,8 +1,8 @@
 """Fills in `gke_jobset.yaml` and hands it to kubectl.
 
   python launch/gke.py --name=mine --tpu=v5e:4x4 --image=IMAGE --claim=CLAIM \
-    -- train --config=configs/gsm8k_math_qwen2p5_1p5b.py \
-    --workdir=/mnt/oreo/run
+    -- run --config=configs/gsm8k_math_qwen2p5_1p5b.py \
+    --config.init=/mnt/oreo/Qwen2.5-Math-1.5B --workdir=/mnt/oreo/run
 
 Every pod runs the oreo command with --distributed; `--dry-run` prints the YAML.
 """

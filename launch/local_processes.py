@@ -1,7 +1,7 @@
 """Runs an `oreo` command as several processes on this machine.
 
   python launch/local_processes.py --processes=2 --devices=2 -- \
-    train --config=configs/maze.py --workdir=runs/two
+    run --config=configs/maze.py --workdir=runs/two
 
 Each process gets simulated CPU devices of its own, so that what a cluster does
 can be tried on a laptop. Process 0 prints here; the others write a log each.

@@ -3,7 +3,8 @@
 #
 #   launch/tpu_vm.sh --name=mine --zone=us-west4-a --type=v5litepod-16 \
 #     --nfs=10.0.0.2:/share -- \
-#     train --config=configs/gsm8k_math_qwen2p5_1p5b.py --workdir=/mnt/oreo/run
+#     run --config=configs/gsm8k_math_qwen2p5_1p5b.py \
+#     --config.init=/mnt/oreo/Qwen2.5-Math-1.5B --workdir=/mnt/oreo/run
 #
 # It makes the TPU unless there is one of that name, copies the committed state
 # of this repository to every worker, installs it, and runs the command with
@@ -171,7 +172,7 @@ install() {
   on_all_workers 'set -e; rm -rf oreo; mkdir oreo; tar -xzf oreo.tar.gz -C oreo
 cd oreo; pip3 install --quiet --user uv
 python3 -m uv venv --quiet --python 3.12 .venv
-python3 -m uv pip install --quiet --python .venv/bin/python -e ".[tpu]"'
+python3 -m uv pip install --quiet --python .venv/bin/python -e ".[tpu,math]"'
 }
 
 mount_share() {

@@ -47,7 +47,7 @@ def test_a_tpu_vm_is_made_installed_and_used():
   assert "archive --format=tar.gz" in archive and archive.endswith("HEAD ")
   assert "tpu-vm scp" in copy and "mine:oreo.tar.gz" in copy
   assert "--worker=all" in copy and "--worker=all" in install
-  assert ".[tpu]" in install
+  assert ".[tpu,math]" in install
   *gcloud, remote = shlex.split(command)
   assert "--worker=all" in gcloud and "--project=p" in gcloud
   assert remote == (
