@@ -29,6 +29,9 @@ COLLECTIVES = (
   "reduce-scatter",
 )
 
+# How the names of fusions begin that start a collective.
+_START = "async-collective-start"
+
 
 class Collective(NamedTuple):
   """One collective of the program, all its runs together."""
@@ -67,16 +70,11 @@ class _Counter:
     self.collectives: list[Collective] = []
     self.unknown_loops: list[str] = []
     self.uncounted_kernels = 0
-    # A collective that overlaps with arithmetic is written once into each of
-    # the fusions it runs beside: the channel tells that it is one.
-    self._channels: set[tuple[int, str]] = set()
-    self._runs = 0
+    self._started = _started(module)
 
   def run(self, name: str, times: float) -> None:
     """Counts a computation that is not fused, and all that it calls."""
     computation = self._module.computations[name]
-    self._runs += 1
-    run = self._runs
     for instruction in computation.values():
       if instruction.opcode == "while":
         self._loop(computation, instruction, times)
@@ -86,7 +84,7 @@ class _Counter:
         for called in instruction.calls:
           self.run(called, times)
         continue
-      self._arithmetic(computation, instruction, times, run)
+      self._arithmetic(computation, instruction, times)
       self.hbm_bytes += times * traffic.bytes_moved(
         self._module, computation, instruction
       )
@@ -106,7 +104,7 @@ class _Counter:
     computation: Computation,
     instruction: Instruction,
     times: float,
-    run: int,
+    fusion: str = "",
   ) -> None:
     """Counts products and collectives, also those inside fusions."""
     opcode = instruction.opcode
@@ -115,13 +113,17 @@ class _Counter:
       for called in instruction.calls:
         inner = self._module.computations[called]
         for item in inner.values():
-          self._arithmetic(inner, item, times, run)
+          self._arithmetic(inner, item, times, instruction.name)
     elif opcode == "dot":
       self.flops += times * _dot_flops(computation, instruction)
     elif opcode == "convolution":
       self.flops += times * _convolution_flops(computation, instruction)
     elif kind in COLLECTIVES:
-      self._collective(computation, instruction, kind, times, run)
+      # What has started runs on beside other fusions, each of which holds a
+      # copy of it; only where it starts it counts.
+      goes_on = fusion and not fusion.startswith(_START)
+      if not goes_on or _identity(instruction) not in self._started:
+        self._collective(computation, instruction, kind, times)
     elif opcode == "send":
       self._send(computation, instruction, times)
     elif kernels.is_kernel(instruction):
@@ -135,12 +137,7 @@ class _Counter:
     instruction: Instruction,
     kind: str,
     times: float,
-    run: int,
   ) -> None:
-    channel = instruction.attribute("channel_id")
-    if channel and (run, channel) in self._channels:
-      return
-    self._channels.add((run, channel))
     inputs = [
       leaf
       for name in instruction.operands
@@ -246,6 +243,28 @@ def count(
   )
 
 
+def _started(module: Module) -> set[tuple[str, ...]]:
+  """Returns the collectives that fusions start and other fusions go on with."""
+  return {
+    _identity(item)
+    for computation in module.computations.values()
+    for fusion in computation.values()
+    if fusion.opcode == "fusion" and fusion.name.startswith(_START)
+    for called in fusion.calls
+    for item in module.computations[called].values()
+    if item.opcode in COLLECTIVES
+  }
+
+
+def _identity(collective: Instruction) -> tuple[str, ...]:
+  """Returns what all copies of a collective have in common.
+
+  The channel alone will not do: all of a `shard_map` have the same.
+  """
+  shapes = map(traffic.shape_text, collective.leaves)
+  return collective.opcode, collective.attribute("channel_id"), *shapes
+
+
 def _dot_flops(computation: Computation, dot: Instruction) -> float:
   """Returns 2 x outputs x contracted elements."""
   left = computation[dot.operands[0]].leaves[0].dims
@@ -311,9 +330,20 @@ def _meetings(
 def _is_scattered(computation: Computation, reduce: Instruction) -> bool:
   """Returns whether each device keeps only its share of a sum.
 
-  A TPU writes a reduce-scatter as a sum with a slice in one fusion.
+  A TPU writes a reduce-scatter as a sum with a slice in one fusion, or several
+  sums in one with a slice of each.
   """
-  users = [i for i in computation.values() if reduce.name in i.operands]
+  names, slices = [reduce.name], []
+  for instruction in computation.values():  # users come after what they use
+    if not set(names) & set(instruction.operands):
+      continue
+    if instruction.opcode in ("get-tuple-element", "bitcast"):
+      names.append(instruction.name)
+    elif instruction.opcode == "dynamic-slice":
+      slices.append(instruction.name)
+    else:
+      return False
+  # Outside a fusion a slice comes after the whole sum has been sent.
   root = root_of(computation)
-  slices = ("dynamic-slice",)
-  return bool(users) and root.opcode in slices and users == [root]
+  results = root.operands if root.opcode == "tuple" else (root.name,)
+  return bool(slices) and set(results) == set(slices)

@@ -101,7 +101,7 @@ def test_what_the_compiler_says_is_kept(monkeypatch):
   )
 
   class Refused:
-    def compile(self):
+    def compile(self, compiler_options):
       raise jax.errors.JaxRuntimeError(words)
 
   config = maze_config()
@@ -125,7 +125,7 @@ def test_a_program_without_a_text_is_judged_by_its_memory(monkeypatch):
       raise RuntimeError("UNIMPLEMENTED: no text")
 
   class Lowered:
-    def compile(self):
+    def compile(self, compiler_options):
       return Compiled()
 
   config = maze_config()
@@ -136,6 +136,18 @@ def test_a_program_without_a_text_is_judged_by_its_memory(monkeypatch):
   answer = compilation.compile_program(config)
   assert answer["fits"] and "flops" not in answer
   assert describe(answer)[-1].startswith("the compiler gives no text")
+
+
+def test_a_text_that_jax_cannot_read_is_taken_from_the_dump(tmp_path):
+  class Unreadable:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+  assert compilation._text(Unreadable(), tmp_path) == ""
+  (tmp_path / "m0.jit_convert.after_codegen.txt").write_text("a constant")
+  (tmp_path / "m1.jit_step.after_codegen.txt").write_text("the whole step")
+  (tmp_path / "m1.jit_step.before_optimizations.txt").write_text("x" * 99)
+  assert compilation._text(Unreadable(), tmp_path) == "the whole step"
 
 
 def test_a_chip_that_is_not_in_the_table_is_refused():
@@ -188,13 +200,25 @@ def test_slices_exchange_gradients_and_nothing_else(tmp_path):
     ),
   )
   config.aot.topology, config.aot.num_slices = "v5e:2x2", 2
-  config.train.grad_accum = 1
-  # In a process of its own, which starts with what the compiler needs.
-  with Progress(1, "aot", enabled=False) as progress:
-    (answer,) = jobs.compile_all([config], tmp_path, progress=progress)
-  assert answer["fits"], answer["message"]
+  config.train.batch_size = 32
+  layouts = [
+    dataclasses.replace(
+      config, train=dataclasses.replace(config.train, grad_accum=parts)
+    )
+    for parts in (1, 4)
+  ]
+  # In processes of their own, which start with what the compiler needs.
+  with Progress(2, "aot", enabled=False) as progress:
+    answers = jobs.compile_all(layouts, tmp_path, jobs=1, progress=progress)
+  for answer in answers:
+    assert answer["fits"], answer["message"]
+    assert_gradients_cross_once(answer)
+
+
+def assert_gradients_cross_once(answer):
   arguments = answer["memory"]["arguments"]
-  # Of two slices each sends its sums once. The padding of small arrays to
+  # Of two slices each sends its sums once, in bfloat16 for the layers, or in
+  # float32 where they are sums of micro-batches. The padding of small arrays to
   # tiles, and what the means are divided by, come on top.
   gradients = sum(
     size for name, size in arguments.items() if name.startswith("weights")

@@ -246,14 +246,76 @@ def test_one_collective_spread_over_fusions_counts_once():
   %q = f32[2] parameter(0)
   ROOT %h = f32[8] all-gather(%q), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
 }
+%f.3 (r: f32[2]) -> f32[8] {
+  %r = f32[2] parameter(0)
+  ROOT %k = f32[8] all-gather(%r), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}
+}
+%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %t = (s32[], f32[2]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x1 = f32[2] get-tuple-element(%t), index=1
+  %b = f32[8] fusion(%x1), kind=kCustom, calls=%f.2
+  ROOT %u = (s32[], f32[2]) tuple(%i, %x1)
+}
+%condition (v: (s32[], f32[2])) -> pred[] {
+  %v = (s32[], f32[2]) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
 ENTRY %main (x: f32[2]) -> f32[8] {
   %x = f32[2] parameter(0)
-  %a = f32[8] fusion(%x), kind=kCustom, calls=%f.1
-  ROOT %b = f32[8] fusion(%x), kind=kCustom, calls=%f.2
+  %async-collective-start.4 = f32[8] fusion(%x), kind=kCustom, calls=%f.1
+  %zero = s32[] constant(0)
+  %first = (s32[], f32[2]) tuple(%zero, %x)
+  %w = (s32[], f32[2]) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"9"}}
+  ROOT %async-collective-done.4 = f32[8] fusion(%x), kind=kCustom, calls=%f.3
 }
 """
   counted = costs.count(hlo.parse(text), groups.Slices([0] * 4))
-  assert [c.sent for c in counted.collectives] == [24.0]
+  assert [(c.sent, c.times) for c in counted.collectives] == [(24.0, 1.0)]
+
+
+def test_collectives_of_one_channel_all_count():
+  # Those of a `shard_map` have the same channel.
+  text = """HloModule m
+ENTRY %main (x: f32[2]) -> f32[32] {
+  %x = f32[2] parameter(0)
+  %g = f32[8] all-gather(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %h = f32[32] all-gather(%g), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}
+"""
+  counted = costs.count(hlo.parse(text), groups.Slices([0] * 4))
+  assert [c.sent for c in counted.collectives] == [24.0, 96.0]
+
+
+def test_sums_of_which_each_device_keeps_a_slice_are_scattered():
+  text = """HloModule m
+%scatter (p: f32[8], q: f32[16]) -> (f32[2], f32[4]) {
+  %p = f32[8] parameter(0)
+  %q = f32[16] parameter(1)
+  %r = (f32[8], f32[16]) all-reduce(%p, %q), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%sum
+  %r0 = f32[8] get-tuple-element(%r), index=0
+  %r1 = f32[16] get-tuple-element(%r), index=1
+  %i = u32[] partition-id()
+  %s0 = f32[2] dynamic-slice(%r0, %i), dynamic_slice_sizes={2}
+  %s1 = f32[4] dynamic-slice(%r1, %i), dynamic_slice_sizes={4}
+  ROOT %t = (f32[2], f32[4]) tuple(%s0, %s1)
+}
+ENTRY %main (x: f32[8], y: f32[16]) -> (f32[2], f32[4]) {
+  %x = f32[8] parameter(0)
+  %y = f32[16] parameter(1)
+  ROOT %f = (f32[2], f32[4]) fusion(%x, %y), kind=kCustom, calls=%scatter
+}
+"""
+  slices = groups.Slices([0] * 4)
+  (one,) = costs.count(hlo.parse(text), slices).collectives
+  assert one.kind == "reduce-scatter"
+  assert one.sent == (8 + 16) * 4 * 3 / 4
+  # Where one of the sums is wanted on every device, it is no scatter.
+  (other,) = costs.count(
+    hlo.parse(text.replace("tuple(%s0, %s1)", "tuple(%s0, %r1)")), slices
+  ).collectives
+  assert other.kind == "all-reduce"
+  assert other.sent == 2 * one.sent
 
 
 def test_what_the_runtime_of_slices_sends_is_counted():
