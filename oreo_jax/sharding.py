@@ -183,9 +183,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def free_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """Returns the axes that no `shard_map` around this code has taken over.
+
+  Inside one the arrays are already one device's along the axes it took, and
+  neither a constraint nor a `shard_map` further in may name those again.
+  """
+  types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+  return tuple(axis for axis, kind in types if kind != AxisType.Manual)
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """Returns the free axes that a batch is split over."""
+  return tuple(axis for axis in free_axes(mesh) if axis in BATCH_AXES)
+
+
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-  """Returns how many shards the mesh splits a batch into."""
-  return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+  """Returns how many shards the free axes of the mesh split a batch into."""
+  return int(np.prod([mesh.shape[axis] for axis in batch_axes(mesh)]))
 
 
 def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
@@ -256,7 +271,7 @@ def constrain_batch(x: jax.Array, dim: int = 0) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or x.shape[dim] % batch_shards(mesh):
     return x
-  spec = PartitionSpec(*(None,) * dim, BATCH_AXES)
+  spec = PartitionSpec(*(None,) * dim, batch_axes(mesh))
   return jax.lax.with_sharding_constraint(x, spec)
 
 

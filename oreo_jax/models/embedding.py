@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from oreo_jax.sharding import BATCH_AXES, batch_shards
+from oreo_jax.sharding import batch_axes, batch_shards, free_axes
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -51,6 +51,10 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return rows
 
   spec = P("tensor" if splits_vocab else None, "fsdp" if splits_width else None)
+  rows = P(batch_axes(mesh))
   return jax.shard_map(
-    look_up, in_specs=(spec, P(BATCH_AXES)), out_specs=P(BATCH_AXES)
+    look_up,
+    in_specs=(spec, rows),
+    out_specs=rows,
+    axis_names=set(free_axes(mesh)),
   )(table, tokens)

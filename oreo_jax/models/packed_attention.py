@@ -25,7 +25,7 @@ from oreo_jax.config import ModelConfig
 from oreo_jax.models import attention
 from oreo_jax.models.attention import Attend
 from oreo_jax.models.blockwise import attend_blockwise
-from oreo_jax.sharding import BATCH_AXES, batch_shards
+from oreo_jax.sharding import batch_axes, batch_shards, free_axes
 
 # Up to this many tokens a row, `auto` takes the reference on a CPU: there the
 # blocks are as large as the row, and one product of it all is as fast.
@@ -299,7 +299,7 @@ def _on_each_device(
     return local(query, key, value, by_row)
   # What does not divide stays whole, as it does in `sharding.constrain_batch`
   # and `sharding.shardings_of`: then each device computes all of it.
-  rows = BATCH_AXES if query.shape[0] % batch_shards(mesh) == 0 else None
+  rows = batch_axes(mesh) if query.shape[0] % batch_shards(mesh) == 0 else None
   tensor = mesh.shape["tensor"]
   heads = "tensor" if query.shape[2] % tensor == 0 else None
   if heads:
@@ -308,12 +308,13 @@ def _on_each_device(
     copies = tensor // math.gcd(tensor, key.shape[2])
     key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
   spec = PartitionSpec(rows, None, heads)
-  # The mesh's axes are of type Auto, and `shard_map` takes all of them over: in
-  # `local` there is no mesh that `constrain_batch` could refer to. Pallas does
+  # All axes are taken over: in `local` there is none that `constrain_batch`
+  # could refer to. Pallas does
   # not say over which axes its results vary, hence no check of that.
   return jax.shard_map(
     local,
     in_specs=(spec, spec, spec, PartitionSpec(rows)),
     out_specs=spec,
+    axis_names=set(free_axes(mesh)),
     check_vma=False,
   )(query, key, value, by_row)

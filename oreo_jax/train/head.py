@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from oreo_jax import losses
-from oreo_jax.sharding import BATCH_AXES, batch_shards
+from oreo_jax.sharding import batch_axes, batch_shards, free_axes
 
 
 def token_logprobs(
@@ -68,7 +68,8 @@ def token_logprobs(
   gathers_rows = splits_over_tensor and _rows_are_smaller(mesh, tokens, vocab)
   vocab_axes = ("tensor",) if splits_over_tensor else ()
   # Axes along which any of the arrays differ, and so all are made to.
-  axes = (*BATCH_AXES, *vocab_axes)
+  of_rows = batch_axes(mesh)
+  axes = (*of_rows, *vocab_axes)
   if gathers_rows:
     # Within its block of `tensor`, each device of `fsdp` has a block.
     vocab_axes = (*vocab_axes, "fsdp")
@@ -84,7 +85,7 @@ def token_logprobs(
     """Returns the rows that this device computes with."""
     if gathers_rows:
       x = jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
-    return _vary(x, BATCH_AXES, axes)
+    return _vary(x, of_rows, axes)
 
   def columns(matrix: jax.Array, spec: P) -> jax.Array:
     """Returns the columns that this device computes with."""
@@ -132,11 +133,12 @@ def token_logprobs(
       lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=0), outputs
     )
 
-  batch = P(BATCH_AXES)
+  batch = P(of_rows)
   return jax.shard_map(
     run,
     in_specs=(batch, spec, batch, batch, ref_spec),
     out_specs=batch,
+    axis_names=set(free_axes(mesh)),
   )(hidden, head, tokens, ref_hidden, ref_head)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from oreo_jax import losses
 from oreo_jax.config import ConfigError
@@ -31,6 +31,9 @@ from oreo_jax.train.objective import Metrics
 from oreo_jax.train.roles import ROLES, learning_rates, optimizers
 from oreo_jax.train.setup import Setup
 from oreo_jax.train.state import TrainState, state_shardings
+
+# Axes that split rows and not weights: each index has a copy of all weights.
+_COPIES = ("dcn_data", "data")
 
 
 def train_step(
@@ -57,9 +60,10 @@ def train_step(
   action_tokens = jnp.maximum(jnp.sum(rows.action_mask, dtype=jnp.float32), 1.0)
 
   def loss_of(
-    params: dict[str, Any], micro: Batch
+    params: dict[str, Any], fixed: Any, micro: Batch
   ) -> tuple[jax.Array, Metrics]:
-    out = forward(params, state.averages, ref, micro, setup)
+    averages, ref, totals, action_tokens = fixed
+    out = forward(params, averages, ref, micro, setup)
     loss, metrics = objective.loss(params, out, micro, totals, setup)
     if out.tokens is not None:
       entropy = jnp.sum(jnp.where(micro.action_mask, out.tokens.entropy, 0.0))
@@ -68,7 +72,11 @@ def train_step(
 
   gradient = jax.value_and_grad(loss_of, has_aux=True)
   (loss, metrics), grads = _accumulate(
-    gradient, state.params, rows, setup.stage.grad_accum
+    gradient,
+    state.params,
+    (state.averages, ref, totals, action_tokens),
+    rows,
+    setup.stage.grad_accum,
   )
   if "log_alpha" in state.params:
     grads["log_alpha"] = jax.grad(losses.alpha_loss)(
@@ -84,24 +92,67 @@ def train_step(
 
 
 def _accumulate(
-  gradient: Callable[..., Any], params: dict[str, Any], batch: Batch, parts: int
+  gradient: Callable[..., Any],
+  params: dict[str, Any],
+  fixed: Any,
+  batch: Batch,
+  parts: int,
 ) -> Any:
-  """Adds up losses, metrics and gradients over micro-batches."""
-  if parts == 1:
-    return gradient(params, batch)
+  """Adds up losses, metrics and gradients over micro-batches.
 
+  Where the rows are split over axes that weights are not split over, each
+  group of devices adds up what its own micro-batches give, and the groups'
+  sums are added once, at the end. The partitioner would do so after every
+  micro-batch, and between slices that is the slowest thing a step does.
+
+  Args:
+    gradient: of the summed loss: (params, fixed, micro-batch) -> sums.
+    params: what the gradient is taken of.
+    fixed: other arrays it reads, the same for all rows.
+    batch: [B, T].
+    parts: how many micro-batches.
+  """
+  if parts == 1:
+    return gradient(params, fixed, batch)
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = () if mesh.empty else tuple(a for a in _COPIES if mesh.shape[a] > 1)
+  if not axes:
+    return _scan(gradient, params, fixed, batch, parts)
+
+  def own_rows(params: dict[str, Any], fixed: Any, batch: Batch) -> Any:
+    total = _scan(gradient, params, fixed, batch, parts)
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), total)
+
+  return jax.shard_map(
+    own_rows,
+    in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axes)),
+    out_specs=PartitionSpec(),
+    axis_names=set(axes),
+    check_vma=False,
+  )(params, fixed, batch)
+
+
+def _scan(
+  gradient: Callable[..., Any],
+  params: dict[str, Any],
+  fixed: Any,
+  batch: Batch,
+  parts: int,
+) -> Any:
+  """Adds up over micro-batches of the rows at hand."""
   micro = micro_batches(batch, parts)
 
   def body(total: Any, rows: Batch) -> tuple[Any, None]:
     # Inside the scan a micro-batch would otherwise lie as the compiler likes,
     # which may be all of it on every device.
     rows = jax.tree.map(constrain_batch, rows)
-    return jax.tree.map(jnp.add, total, gradient(params, rows)), None
+    sums = gradient(params, fixed, rows)
+    return jax.tree.map(jnp.add, total, sums), None
 
   # The scan starts from zeros, so it has to know beforehand what a micro-batch
   # gives: which metrics there are is up to the loss.
   first = jax.tree.map(lambda x: x[0], micro)
-  shapes = jax.eval_shape(gradient, params, first)
+  shapes = jax.eval_shape(gradient, params, fixed, first)
   zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   total, _ = jax.lax.scan(body, zero, micro)
   return total
