@@ -435,7 +435,7 @@ class AotConfig(Section):
 
   topology: str = ""  # KIND:SHAPE, as v5e:4x4; cpu:8 is simulated devices
   num_slices: int = positive(1)  # of this shape, each with a network of its own
-  what: str = choice("train", "decode")  # the program: a step, or samples
+  what: str = choice("train", "decode", "search")  # the program
   # Whose peaks to measure by (of oreo_jax.chips); empty: the topology's.
   chip: str = ""
   hbm_gib: float = 0.0  # memory of a chip in GiB; 0: what the chip has

@@ -122,7 +122,7 @@ def _compiled(
   costs = counting.count(
     hlo.parse(text),
     groups.Slices([_slice_of(device) for device in mesh.devices.flat]),
-    loop_length=program.loop_length,
+    loop_lengths=program.loop_lengths,
   )
   answer = answer | {
     "flops": costs.flops,

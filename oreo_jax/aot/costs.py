@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from oreo_jax.aot import groups, kernels, traffic
@@ -60,11 +61,11 @@ class _Counter:
   """Walks a program and adds up; `run` is the only way in."""
 
   def __init__(
-    self, module: Module, slices: groups.Slices, loop_length: int | None
+    self, module: Module, slices: groups.Slices, loop_lengths: Sequence[int]
   ):
     self._module = module
     self._slices = slices
-    self._loop_length = loop_length
+    self._loop_lengths = loop_lengths
     self.flops = 0.0
     self.hbm_bytes = 0.0
     self.collectives: list[Collective] = []
@@ -72,17 +73,23 @@ class _Counter:
     self.uncounted_kernels = 0
     self._started = _started(module)
 
-  def run(self, name: str, times: float) -> None:
-    """Counts a computation that is not fused, and all that it calls."""
+  def run(self, name: str, times: float, depth: int = 0) -> None:
+    """Counts a computation that is not fused, and all that it calls.
+
+    Args:
+      name: of the computation.
+      times: how often it runs.
+      depth: how many loops whose end depends on data are around it.
+    """
     computation = self._module.computations[name]
     for instruction in computation.values():
       if instruction.opcode == "while":
-        self._loop(computation, instruction, times)
+        self._loop(computation, instruction, times, depth)
         continue
       if instruction.opcode in ("call", "conditional", "async-start"):
         # Of a conditional all branches count: an upper bound.
         for called in instruction.calls:
-          self.run(called, times)
+          self.run(called, times, depth)
         continue
       self._arithmetic(computation, instruction, times)
       self.hbm_bytes += times * traffic.bytes_moved(
@@ -90,14 +97,20 @@ class _Counter:
       )
 
   def _loop(
-    self, computation: Computation, loop: Instruction, times: float
+    self,
+    computation: Computation,
+    loop: Instruction,
+    times: float,
+    depth: int,
   ) -> None:
     trips = trip_count(self._module, computation, loop)
     if trips is None:
       line = self._module.line_of(loop)
       self.unknown_loops.append(line or loop.name)
-      trips = self._loop_length or 1
-    self.run(loop.attribute("body").lstrip("%"), times * trips)
+      lengths = self._loop_lengths
+      trips = lengths[depth] if depth < len(lengths) else 1
+      depth += 1
+    self.run(loop.attribute("body").lstrip("%"), times * trips, depth)
 
   def _arithmetic(
     self,
@@ -222,17 +235,18 @@ def count(
   module: Module,
   slices: groups.Slices,
   *,
-  loop_length: int | None = None,
+  loop_lengths: Sequence[int] = (),
 ) -> Costs:
   """Counts what one device does in one call.
 
   Args:
     module: the program.
     slices: which devices are on which slice.
-    loop_length: how often a loop runs whose end depends on data, as the loop
-      over sampled tokens does; by default once.
+    loop_lengths: how often a loop runs whose end depends on data, as the loop
+      over sampled tokens does; the second is for such loops inside such loops,
+      and so on. Those that have no entry count once.
   """
-  counter = _Counter(module, slices, loop_length)
+  counter = _Counter(module, slices, loop_lengths)
   counter.run(module.entry, 1.0)
   return Costs(
     counter.flops,

@@ -16,11 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from oreo_jax import data, models, train
-from oreo_jax.config import Config
+from oreo_jax.config import Config, ModelConfig
+from oreo_jax.decode.beam import run_plan
 from oreo_jax.decode.generate import extend
 from oreo_jax.decode.prefix import read_prompts
 from oreo_jax.decode.sampling import Sampler
-from oreo_jax.sharding import batch_sharding, replicated, shardings_of
+from oreo_jax.decode.scores import by_value
+from oreo_jax.decode.step import Plan
+from oreo_jax.decode.stops import Stops
+from oreo_jax.sharding import (
+  batch_sharding,
+  batch_shards,
+  replicated,
+  shardings_of,
+)
 from oreo_jax.train.checkpoint import abstract_like
 from oreo_jax.train.flops import step_flops
 from oreo_jax.train.forward import stored_extras
@@ -37,8 +46,8 @@ class Program(NamedTuple):
   arguments: Mapping[str, Any]  # trees of abstract arrays, by what they are
   model_flops: float  # what the mathematics needs, for all chips together
   tokens: int  # that one call works through
-  # How often a loop runs whose end depends on data; None: there is none.
-  loop_length: int | None = None
+  # How often loops run whose end depends on data, from the outermost inwards.
+  loop_lengths: tuple[int, ...] = ()
 
 
 def train_program(config: Config, mesh: Mesh) -> Program:
@@ -107,14 +116,10 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
     mesh: of devices that need not exist.
   """
   settings, model = config.collect, config.model
-  prompts = max(settings.batch_size // settings.samples, 1)
-  room = max(config.data.row_length - settings.max_new_tokens, _LEAST_ROOM)
   policy = _abstract_policy(config, mesh)
-  everywhere = replicated(mesh)
-  batch = (
-    jax.ShapeDtypeStruct((prompts, room), jnp.int32, sharding=everywhere),
-    jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=everywhere),
-  )
+  count = max(settings.batch_size // settings.samples, 1)
+  batch = _prompts(config, mesh, count, settings.max_new_tokens)
+  prompts, room = batch[0].shape
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def sample(params: Any, tokens: Any, lengths: Any, key: Any) -> Any:
@@ -136,17 +141,103 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
       return jax.jit(sample).lower(policy, *batch, key)
 
   tokens = prompts * settings.samples * settings.max_new_tokens
-  head = model.vocab_size * model.embed_dim
-  embeddings = head if model.tie_embeddings else 2 * head
-  layers = sum(math.prod(x.shape) for x in jax.tree.leaves(policy)) - embeddings
+  layers, head = _weights(policy, model)
   return Program(
     lower,
     {"weights of policy": policy, "batch": batch},
     # Attention left out. The head reads the answers alone.
     2.0 * (layers * (tokens + prompts * room) + head * tokens),
     tokens,
-    loop_length=settings.max_new_tokens,
+    loop_lengths=(settings.max_new_tokens,),
   )
+
+
+def search_program(config: Config, mesh: Mesh) -> Program:
+  """Makes the beam search of `oreo evaluate`, with the largest budget as B.
+
+  The critic is a network of its own, which reads what the policy proposes.
+  Prompts are as those of `decode_program`, and the search is as long as it may
+  be: all its steps, which together have room for one answer.
+
+  Args:
+    config: with its architecture and the size of its vocabulary.
+    mesh: of devices that need not exist.
+  """
+  settings, model = config.evaluate, config.model
+  policy = _abstract_policy(config, mesh)
+  critic = _abstract_policy(config, mesh, head="value")
+  beams = max(settings.budgets)
+  count = max(settings.batch_size // beams**2, 1)
+  batch = _prompts(config, mesh, count, settings.max_new_tokens)
+  prompts, room = batch[0].shape
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  # Automata of the delimiters that a config can name have up to 4 states.
+  table: Any = jax.ShapeDtypeStruct(
+    (4, model.vocab_size), jnp.int8, sharding=replicated(mesh)
+  )
+  plan = Plan(
+    policy=policy,
+    critic=critic,
+    stops=Stops(table),
+    key=key,
+    config=model,
+    critic_config=model,
+    beams=beams,
+    max_steps=settings.max_steps,
+    max_step_tokens=min(settings.max_step_tokens, settings.max_new_tokens),
+    max_new_tokens=settings.max_new_tokens,
+    eos_ids=(0,),  # any will do, as in `decode_program`
+    sampler=Sampler(settings.temperature, top_p=settings.top_p),
+    score=by_value,
+    granularity=config.train.granularity,
+  )
+
+  def lower() -> Any:
+    with jax.set_mesh(mesh):
+      return run_plan.lower(plan, *batch)
+
+  step_tokens = min(
+    -(-settings.max_new_tokens // settings.max_steps), plan.max_step_tokens
+  )
+  tokens = prompts * beams**2 * settings.max_steps * step_tokens
+  layers, head = _weights(policy, model)
+  read = prompts * room
+  return Program(
+    lower,
+    {
+      "weights of policy": policy,
+      "weights of critic": critic,
+      "batch": batch,
+    },
+    # Both networks read all, and the policy's head what it proposes.
+    2.0 * (2 * layers * (tokens + read) + head * tokens),
+    tokens,
+    loop_lengths=(settings.max_steps, step_tokens),
+  )
+
+
+def _prompts(
+  config: Config, mesh: Mesh, count: int, max_new_tokens: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+  """Returns the tokens and lengths of a batch of prompts, as shapes.
+
+  Like `decode.batches`, it rounds their number up to the shards of the mesh.
+  """
+  count = -(-count // batch_shards(mesh)) * batch_shards(mesh)
+  room = max(config.data.row_length - max_new_tokens, _LEAST_ROOM)
+  everywhere = replicated(mesh)
+  return (
+    jax.ShapeDtypeStruct((count, room), jnp.int32, sharding=everywhere),
+    jax.ShapeDtypeStruct((count,), jnp.int32, sharding=everywhere),
+  )
+
+
+def _weights(policy: Any, model: ModelConfig) -> tuple[int, int]:
+  """Returns the weights of all layers, and those of the head."""
+  head = model.vocab_size * model.embed_dim
+  embeddings = head if model.tie_embeddings else 2 * head
+  total = sum(math.prod(x.shape) for x in jax.tree.leaves(policy))
+  return total - embeddings, head
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -157,9 +248,10 @@ def bytes_on_device(tree: Any) -> int:
   )
 
 
-def _abstract_policy(config: Config, mesh: Mesh) -> Any:
-  shapes = models.abstract_params(config.model)
-  shardings = shardings_of(models.logical_axes(config.model), shapes, mesh)
+def _abstract_policy(config: Config, mesh: Mesh, head: str = "lm") -> Any:
+  shapes = models.abstract_params(config.model, head=head)
+  axes = models.logical_axes(config.model, head=head)
+  shardings = shardings_of(axes, shapes, mesh)
   return abstract_like(shapes, shardings)
 
 
@@ -207,4 +299,5 @@ def _full_rows(config: Config, objective: train.Objective) -> data.Loader:
 PROGRAMS: Mapping[str, Callable[[Config, Mesh], Program]] = {
   "train": train_program,
   "decode": decode_program,
+  "search": search_program,
 }

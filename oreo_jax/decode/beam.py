@@ -118,7 +118,7 @@ def step_beam_search(
     score=score,
     granularity=granularity,
   )
-  winners, proposed = to_host(_search(plan, tokens, lengths))
+  winners, proposed = to_host(run_plan(plan, tokens, lengths))
   place = lengths[:, None] + np.arange(max_new_tokens)[None]
   inside = place < winners.lengths[:, None]
   text = np.take_along_axis(winners.tokens, place, 1)
@@ -132,9 +132,21 @@ def step_beam_search(
   return Search(answers, winners.values, proposed, winners.scores)
 
 
-def _search_impl(
+@jax.jit
+def run_plan(
   plan: Plan, prompts: jax.Array, lengths: jax.Array
 ) -> tuple[Winners, jax.Array]:
+  """Runs a search as one program, of which the outputs stay on the devices.
+
+  Args:
+    plan: of the search.
+    prompts: i32[Q, W], padded behind.
+    lengths: i32[Q], tokens of each prompt.
+
+  Returns:
+    The winners, and i32[Q], tokens the policy proposed.
+  """
+
   def unfinished(state: Beams) -> jax.Array:
     return (state.step < plan.max_steps) & jnp.any(state.active)
 
@@ -153,6 +165,3 @@ def _search_impl(
     finished=jnp.zeros_like(end.active),
   )
   return winners, end.proposed
-
-
-_search = jax.jit(_search_impl)

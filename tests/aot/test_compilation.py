@@ -186,6 +186,31 @@ def test_sampling_is_counted_to_the_longest_answer():
   assert share < answer["flops"] < 3 * share
 
 
+def test_a_search_is_counted_to_its_last_step():
+  config = maze_config()
+  config.aot.what = "search"
+  config.mesh.fsdp, config.mesh.tensor = 8, 1
+  config.evaluate = dataclasses.replace(
+    config.evaluate,
+    batch_size=32,
+    budgets=(1, 2),
+    max_new_tokens=12,
+    max_steps=3,
+    max_step_tokens=6,
+  )
+  answer = compilation.compile_program(config)
+  # Eight questions of 2 x 2 candidates, three steps of four tokens.
+  assert answer["fits"] and answer["tokens"] == 8 * 4 * 12
+  arguments = answer["memory"]["arguments"]
+  assert arguments["weights of critic"] > 0
+  # Steps end when all beams have left, and proposals when all have ended.
+  assert len(answer["unknown_loops"]) == 2
+  # The policy's weights are gathered for every token, of both layers.
+  assert answer["collectives"]["all-gather"]["runs"] >= 12 * 2
+  share = answer["model_flops"] / answer["devices"]
+  assert share < answer["flops"] < 5 * share
+
+
 @pytest.mark.slow
 def test_slices_exchange_gradients_and_nothing_else(tmp_path):
   pytest.importorskip("libtpu", reason="needs the TPU compiler: libtpu")

@@ -134,8 +134,19 @@ def test_a_loop_that_data_ends_is_named_and_has_the_length_it_is_given():
   assert counted.unknown_loops == ("inner",)
   lengths = [c.times for c in counted.collectives]
   assert max(lengths) == 3
-  counted = costs.count(module, slices, loop_length=5)
+  counted = costs.count(module, slices, loop_lengths=(5,))
   assert max(c.times for c in counted.collectives) == 15
+
+
+def test_loops_inside_loops_that_data_ends_have_lengths_of_their_own():
+  text = NESTED.replace("direction=LT", "direction=NE")
+  text = text.replace(""", backend_config={"known_trip_count":{"n":"3"}}""", "")
+  module = hlo.parse(text)
+  counted = costs.count(module, groups.Slices([0] * 4), loop_lengths=(5, 7))
+  times = {c.kind: c.times for c in counted.collectives}
+  assert times["collective-permute"] == 5 * 7
+  assert times["all-gather"] == 5
+  assert times["all-reduce"] == 1
 
 
 def test_a_text_without_an_entry_is_refused():

@@ -58,9 +58,9 @@ def deterministic():
   search = importlib.import_module("oreo_jax.decode.beam")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(module, "draw", take_turns)
-    search._search.clear_cache()
+    search.run_plan.clear_cache()
     yield step_beam_search
-  search._search.clear_cache()
+  search.run_plan.clear_cache()
 
 
 def random_chain(seed):
