@@ -60,6 +60,8 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
 # products with weights, or all but those of attention, which are small.
 REMAT = ("none", "full", "dots", "attention")
 ATTENTIONS = ("reference", "blockwise", "cudnn", "splash")
+# Adam's moments, or the layers of a reference that nothing trained stands on.
+OFFLOAD = ("moments", "reference")
 GRANULARITIES = ("token", "step", "response")
 
 
@@ -195,6 +197,8 @@ class StageConfig(Section):
   measure_every: int = 100  # steps between looks at held-out problems; 0: end
   checkpoint_every: int = 500  # steps between checkpoints; 0: only the last
   keep_checkpoints: int = 2  # newest kept; 0: all
+  # What waits in the memory of the host while a step does not need it.
+  offload: tuple = setting((), entry=str, choices=OFFLOAD)
   loss_chunk: int = positive(512)  # positions of a chunk of the output head
   loss_vocab_chunk: int = positive(8192)  # columns of a chunk of it
   # First and last step of a profiler trace, counted from 1; empty: none.

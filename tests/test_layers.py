@@ -18,6 +18,7 @@ LAYERS = {
   "settings": 0,
   "watch": 0,
   "config": 1,
+  "memory": 1,
   "sharding": 1,
   "progress": 1,
   "losses": 2,

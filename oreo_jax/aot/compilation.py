@@ -66,6 +66,7 @@ def compile_program(config: Config) -> dict[str, Any]:
     "memory": {
       "arguments": arguments,
       "arguments_total": sum(arguments.values()),
+      "on_host": bytes_on_device(program.arguments, waiting=True),
       "limit": limit / per_chip,
     },
   }
@@ -230,7 +231,10 @@ def _memory(executable: Any) -> dict[str, float]:
   # What is live at once may be less than the sum. The compiler for CPUs leaves
   # temporaries out of its peak, so that there the sum is the better figure.
   peak = getattr(stats, "peak_memory_in_bytes", 0)
-  return sizes | {"peak": peak if peak > sizes["temporaries"] else together}
+  if peak <= sizes["temporaries"] or stats.host_argument_size_in_bytes:
+    # The compiler for TPUs counts what is on the host among its peak.
+    peak = together
+  return sizes | {"peak": peak}
 
 
 def _slice_of(device: Any) -> int:

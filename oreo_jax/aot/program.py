@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oreo_jax import data, models, train
+from oreo_jax import data, memory, models, train
 from oreo_jax.config import Config, ModelConfig
 from oreo_jax.decode.beam import run_plan
 from oreo_jax.decode.generate import extend
@@ -33,7 +33,8 @@ from oreo_jax.sharding import (
 from oreo_jax.train.checkpoint import abstract_like
 from oreo_jax.train.flops import step_flops
 from oreo_jax.train.forward import stored_extras
-from oreo_jax.train.roles import frozen_base, needs_base
+from oreo_jax.train.frozen import frozen_base
+from oreo_jax.train.roles import needs_base
 from oreo_jax.train.state import init_state, state_shardings
 
 _LEAST_ROOM = 16  # tokens of a prompt
@@ -70,12 +71,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
 
   state = jax.eval_shape(fresh, policy)
   state = abstract_like(state, state_shardings(setup, state, mesh))
-  reference = None
-  if needs_base(setup):
-    shapes = jax.eval_shape(lambda p: frozen_base(p, setup), policy)
-    reference = abstract_like(
-      shapes, jax.tree.map(lambda x: x.sharding, policy)
-    )
+  reference = frozen_base(policy, setup) if needs_base(setup) else None
   rows = batch_sharding(mesh)
   batch = objective.batch(loader, 0)
   if isinstance(batch, data.Batch):
@@ -240,11 +236,17 @@ def _weights(policy: Any, model: ModelConfig) -> tuple[int, int]:
   return total - embeddings, head
 
 
-def bytes_on_device(tree: Any) -> int:
-  """Returns the bytes of a tree's shards on one device."""
+def bytes_on_device(tree: Any, *, waiting: bool = False) -> int:
+  """Returns the bytes of a tree's shards on one device.
+
+  Args:
+    tree: abstract arrays with shardings.
+    waiting: count what is on the host for that device, and nothing else.
+  """
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
+    if memory.waits(leaf) == waiting
   )
 
 

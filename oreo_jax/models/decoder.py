@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from oreo_jax import memory
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import attention
 from oreo_jax.models.attention import Attend
@@ -268,6 +269,7 @@ class Decoder(nnx.Module):
     rotary = self._rotary(positions)
 
     def layer(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+      params = memory.fetch(params)
       return nnx.merge(graph, params)(x, rotary, attend), None
 
     if c.remat != "none":

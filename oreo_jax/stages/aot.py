@@ -127,9 +127,10 @@ def describe(answer: dict[str, Any]) -> list[str]:
   ]
   for name, size in memory["arguments"].items():
     lines.append(f"  {name:24} {gib(size):>10}")
-  for name in ("temporaries", "peak", "limit"):
+  for name in ("temporaries", "peak", "limit", "on_host"):
     if memory.get(name):
-      lines.append(f"  {name:24} {gib(memory[name]):>10}")
+      label = name.replace("_", " ")
+      lines.append(f"  {label:24} {gib(memory[name]):>10}")
   if "flops" not in answer:
     return [*lines, answer["message"]] if answer["fits"] else lines
   lines += [

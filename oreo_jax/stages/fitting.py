@@ -21,6 +21,7 @@ from oreo_jax.sharding import process_rows
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import Objective, Setup, TrainState
 from oreo_jax.train.forward import forward
+from oreo_jax.train.frozen import is_policy
 from oreo_jax.train.roles import ROLES
 
 
@@ -47,7 +48,7 @@ def fit(
     objective: of `train.OBJECTIVES`; its name is that of the folder.
     sequences: what the loader packs.
     load: returns the policy to start from, which is the reference. It is called
-      once more where the reference is held in another dtype.
+      once more where the reference is held in another dtype or place.
     held_out: tokenised trajectories of held-out problems, on which a value
       network is measured.
   """
@@ -96,7 +97,7 @@ def fit(
     mesh=workspace.mesh,
     directory=folder,
     seed=config.seed,
-    start=load if train.rounds_base(setup) else None,
+    start=None if is_policy(setup) else load,
     description=name,
     measure=measure,
   )

@@ -61,6 +61,7 @@ _NO_MATTER = (
   "keep_checkpoints",
   "loss_chunk",
   "loss_vocab_chunk",
+  "offload",
   "profile",
   "remat",
   "attention",

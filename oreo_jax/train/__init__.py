@@ -1,5 +1,6 @@
 """Training: state, one pure step, and the loop around it."""
 
+from oreo_jax.train.frozen import frozen_base
 from oreo_jax.train.loop import DivergedError, PreemptedError, fit
 from oreo_jax.train.objective import Method, Objective
 from oreo_jax.train.objectives import (
@@ -8,13 +9,7 @@ from oreo_jax.train.objectives import (
   get_method,
   get_objective,
 )
-from oreo_jax.train.roles import (
-  frozen_base,
-  full_configs,
-  full_params,
-  plain_models,
-  rounds_base,
-)
+from oreo_jax.train.roles import full_configs, full_params, plain_models
 from oreo_jax.train.setup import Setup, make_setup
 from oreo_jax.train.state import TrainState, init_state, state_shardings
 from oreo_jax.train.step import make_train_step, train_step
@@ -40,7 +35,6 @@ __all__ = [
   "make_setup",
   "make_train_step",
   "plain_models",
-  "rounds_base",
   "state_shardings",
   "train_step",
 ]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from oreo_jax import memory
 from oreo_jax.sharding import replicated
 
 # Any two odd numbers give two sums that have nothing to do with each other.
@@ -52,6 +53,8 @@ def kind_of(leaf: Any) -> str:
 
 
 def _sums_of(leaf: jax.Array) -> jax.Array:
+  if memory.waits(leaf):
+    leaf = jax.device_put(leaf, memory.on_devices(leaf.sharding))
   sharding = getattr(leaf, "sharding", None)
   everywhere = None
   if isinstance(sharding, NamedSharding):

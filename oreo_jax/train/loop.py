@@ -91,7 +91,10 @@ def fit(
   def fresh(base: Params, critic: Params | None) -> TrainState:
     return init_state(jax.random.key(seed), setup, base, critic)
 
-  abstract = jax.eval_shape(fresh, base, critic)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (base, critic)
+  )
+  abstract = jax.eval_shape(fresh, *shapes)
   shardings = state_shardings(setup, abstract, mesh)
   checkpoints = Checkpoints(
     directory / "checkpoints", keep=stage.keep_checkpoints

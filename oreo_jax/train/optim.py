@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from oreo_jax import memory
 from oreo_jax.config import StageConfig, TrainConfig
 
 # Matrices decay, norms and biases do not. Named, because stacking the layers
@@ -71,7 +72,7 @@ def make_optimizer(
     else optax.identity()
   )
   adamw = optax.chain(
-    hold_first_moment(
+    hold_moments(
       optax.scale_by_adam(b1=stage.b1, b2=stage.b2, eps=stage.eps),
       jnp.dtype(stage.moment_dtype),
     ),
@@ -82,30 +83,50 @@ def make_optimizer(
   return chain._replace(update=as_optax_expects(chain.update))
 
 
-def hold_first_moment(
+def hold_moments(
   adam: optax.GradientTransformation, dtype: jnp.dtype
 ) -> optax.GradientTransformation:
-  """Holds the first moment of Adam in another dtype between steps.
+  """Holds the moments of Adam between steps as they were given, one in `dtype`.
 
-  It is rounded once a step, after the update was made of it. The `mu_dtype` of
-  optax would also compute in bfloat16, where b1=0.9 is 0.8984: of equal
-  gradients the moment would be 1.5% too small.
+  The first moment is rounded once a step, after the update was made of it. The
+  `mu_dtype` of optax would also compute in bfloat16, where b1=0.9 is 0.8984: of
+  equal gradients the moment would be 1.5% too small.
+
+  Moments that wait on the host are fetched and put back a weight at a time, so
+  that those of few weights are on the devices at once.
 
   Args:
     adam: `optax.scale_by_adam`, which computes in float32.
-    dtype: in which the state holds the moment.
+    dtype: in which the state holds the first moment.
   """
 
-  def cast(state: Any, dtype: jnp.dtype) -> Any:
+  def init(params: Any) -> Any:
+    state = adam.init(params)
     return state._replace(mu=optax.tree.cast(state.mu, dtype))
 
-  def init(params: Any) -> Any:
-    return cast(adam.init(params), dtype)
-
   def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    state = cast(state, jnp.dtype(jnp.float32))
-    updates, state = adam.update(grads, state, params)
-    return updates, cast(state, dtype)
+    leaves, tree = jax.tree.flatten(grads)
+    updates: list[jax.Array] = []
+    means: list[jax.Array] = []
+    squares: list[jax.Array] = []
+    done, count = None, state.count
+    for grad, mean, square in zip(
+      leaves, jax.tree.leaves(state.mu), jax.tree.leaves(state.nu), strict=True
+    ):
+      held = memory.fetch((mean, square), after=(grad, done))
+      own = state._replace(mu=held[0].astype(jnp.float32), nu=held[1])
+      change, new = adam.update(grad, own)
+      count = new.count
+      done = memory.put_back((new.mu.astype(dtype), new.nu), (mean, square))
+      updates.append(change)
+      means.append(done[0])
+      squares.append(done[1])
+    state = state._replace(
+      count=count,
+      mu=jax.tree.unflatten(tree, means),
+      nu=jax.tree.unflatten(tree, squares),
+    )
+    return jax.tree.unflatten(tree, updates), state
 
   return optax.GradientTransformation(init, update)
 

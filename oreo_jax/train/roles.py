@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from oreo_jax import models
-from oreo_jax.config import ModelConfig, TrainConfig
+from oreo_jax.config import ModelConfig
 from oreo_jax.models import Params
 from oreo_jax.train.optim import (
   make_alpha_optimizer,
@@ -190,27 +190,6 @@ def roles_of(setup: Setup) -> list[Role]:
 def needs_base(setup: Setup) -> bool:
   """Returns whether a step reads the frozen base: as reference or trunk."""
   return any(role.trunk(setup) == BASE for role in roles_of(setup))
-
-
-def frozen_base(policy: Params, setup: Setup) -> Params:
-  """Returns the frozen base of a step, in `train.reference_dtype`.
-
-  Args:
-    policy: that the stage starts from; arrays that have the dtype are shared.
-    setup: the stage's fixed part.
-  """
-  if not rounds_base(setup):
-    return policy
-  dtype = jnp.dtype(setup.train.reference_dtype)
-  return jax.tree.map(lambda x: x.astype(dtype), policy)
-
-
-def rounds_base(setup: Setup) -> bool:
-  """Returns whether `frozen_base` is less exact than the policy it is of."""
-  if not isinstance(setup.stage, TrainConfig) or not needs_base(setup):
-    return False
-  held = setup.stage.reference_dtype
-  return held not in ("param_dtype", setup.model.param_dtype)
 
 
 def trunk_depth(setup: Setup) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from oreo_jax import models
+from oreo_jax import memory, models
 from oreo_jax.models import Params
 from oreo_jax.sharding import replicated, shardings_of
 from oreo_jax.train.roles import (
@@ -79,7 +79,8 @@ def init_state(
 def state_shardings(setup: Setup, state: TrainState, mesh: Mesh) -> TrainState:
   """Returns the sharding of every leaf of an (abstract) state.
 
-  Moments lie as their weights do; counters are on every device.
+  Moments lie as their weights do, in the memory of the host with "moments"
+  among `stage.offload`; counters are on every device.
   """
   everywhere: Any = replicated(mesh)
 
@@ -91,6 +92,11 @@ def state_shardings(setup: Setup, state: TrainState, mesh: Mesh) -> TrainState:
     return shardings_of(_select_like(tree, axes), tree, mesh)
 
   params = {name: sharding_of(name, t) for name, t in state.params.items()}
+
+  def moments_of(name: str) -> Any:
+    waiting = ROLES[name].head and "moments" in setup.stage.offload
+    return memory.on_host(params[name]) if waiting else params[name]
+
   # An optimiser's state has a copy of the tree's structure a moment: optax
   # knows which of its leaves belong to which weight.
   opt_state = {
@@ -98,7 +104,7 @@ def state_shardings(setup: Setup, state: TrainState, mesh: Mesh) -> TrainState:
       optimizer,
       lambda _, sharding: sharding,
       state.opt_state[name],
-      params[name],
+      moments_of(name),
       transform_non_params=lambda _: everywhere,
     )
     for name, optimizer in optimizers(setup).items()

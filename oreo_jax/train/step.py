@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from oreo_jax import losses
+from oreo_jax import losses, memory
 from oreo_jax.config import ConfigError
 from oreo_jax.data.packing import Batch
 from oreo_jax.models import Params
@@ -164,6 +164,9 @@ def _update(
   """Applies one optimiser a role; returns the norms of the gradients too."""
   params, opt_state, norms = {}, {}, {}
   for name, optimizer in optimizers(setup).items():
+    if "moments" in setup.stage.offload:
+      # One role after the other, so that moments of one alone are fetched.
+      grads, _ = jax.lax.optimization_barrier((grads, params))
     old = state.params[name], state.opt_state[name]
     updates, moments = optimizer.update(grads[name], old[1], old[0])
     new = optax.apply_updates(old[0], updates), moments
@@ -171,7 +174,8 @@ def _update(
       # Keep the old values: a zero gradient would still let Adam's moments
       # move them.
       keep = functools.partial(jnp.where, state.step < setup.frozen_steps)
-      new = jax.tree.map(keep, old, new)
+      both = jax.tree.map(keep, memory.fetch(old), memory.fetch(new))
+      new = memory.put_back(both, old)
     params[name], opt_state[name] = new
     norms[f"grad_norm/{name}"] = optax.tree.norm(grads[name])
   averages = {

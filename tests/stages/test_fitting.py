@@ -66,7 +66,7 @@ def test_held_out_values_are_those_before_the_last_token():
 
 
 @pytest.mark.slow
-def test_a_stage_trains_against_the_rounded_reference(tmp_path):
+def test_a_stage_holds_the_reference_as_it_is_told(tmp_path):
   def first_row(name, **train):
     config = Config(
       model=ModelConfig(
@@ -98,3 +98,6 @@ def test_a_stage_trains_against_the_rounded_reference(tmp_path):
   assert exact["policy/kl"] == pytest.approx(0.0, abs=1e-7)
   assert 1e-7 < rounded["policy/kl"] < 1e-3
   assert rounded["policy/entropy"] == exact["policy/entropy"]
+  waiting, _ = first_row("waiting", offload=("moments", "reference"))
+  for name in ("loss", "policy/kl", "grad_norm/policy", "grad_norm/critic"):
+    assert waiting[name] == exact[name]

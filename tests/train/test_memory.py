@@ -8,11 +8,24 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from aot.tiny_step import maze_config
 from oracles import tiny
 
-from oreo_jax import models
+from oreo_jax import memory, models
+from oreo_jax.aot import jobs
 from oreo_jax.aot.program import train_program
-from oreo_jax.config import Config, DataConfig, LoraConfig, TrainConfig
+from oreo_jax.config import (
+  Config,
+  ConfigError,
+  DataConfig,
+  LoraConfig,
+  MeshConfig,
+  TrainConfig,
+)
+from oreo_jax.data import make_loader
+from oreo_jax.models.presets import preset
+from oreo_jax.progress import Progress
+from oreo_jax.sharding import shard_batch
 from oreo_jax.train import (
   OBJECTIVES,
   fit,
@@ -20,14 +33,15 @@ from oreo_jax.train import (
   full_params,
   init_state,
   make_setup,
+  make_train_step,
   plain_models,
-  rounds_base,
 )
 from oreo_jax.train.checkpoint import (
   CheckpointError,
   Checkpoints,
   abstract_like,
 )
+from oreo_jax.train.frozen import is_policy
 from oreo_jax.train.state import state_shardings
 
 WEIGHTS = models.count_params(models.abstract_params(tiny.MODEL))
@@ -90,9 +104,9 @@ def rounded(params):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "objective, lora",
-  [("rejection", True), pytest.param("oreo", False, marks=pytest.mark.slow)],
+  "objective, lora", [("rejection", True), ("oreo", False)]
 )
 def test_a_reference_in_bfloat16_saves_two_bytes_a_weight(objective, lora):
   full, _ = step_bytes(objective, lora)
@@ -131,7 +145,7 @@ def test_without_need_the_policy_itself_is_the_reference():
   ):
     objective = OBJECTIVES[config.train.objective]
     setup = make_setup(config, objective, num_steps=0)
-    assert not rounds_base(setup)
+    assert is_policy(setup)
     assert frozen_base(exact, setup) is exact
 
 
@@ -147,3 +161,128 @@ def test_adapters_are_not_rounded_with_the_base_when_they_are_saved():
   before = np.asarray(base["layers"]["q"]["kernel"], np.float32)
   assert kernel.dtype == np.float32
   assert np.mean(kernel != before) > 0.9
+
+
+MESH = {"fsdp": 2, "tensor": 2}
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@functools.cache
+def trained(offload, **changes):
+  """The losses of three steps, and the moments and weights after them."""
+  config = make("oreo", lr=1e-2, warmup=0.0, offload=offload, **changes)
+  setup = make_setup(config, OBJECTIVES["oreo"], num_steps=3, max_segments=8)
+  mesh = tiny.mesh(**MESH)
+  policy = tiny.place(tiny.draw_params(), tiny.MODEL, mesh)
+  base = frozen_base(policy, setup)
+  loader = make_loader(
+    tiny.draw_sequences(30), batch_size=4, row_length=16, epochs=3
+  )
+
+  def fresh(policy):
+    return init_state(jax.random.key(0), setup, policy)
+
+  abstract = jax.eval_shape(fresh, tiny.draw_params())
+  shardings = state_shardings(setup, abstract, mesh)
+  losses = []
+  with jax.set_mesh(mesh):
+    state = jax.jit(fresh, out_shardings=shardings)(policy)
+    step = make_train_step(setup, abstract, mesh)
+    for index in range(3):
+      batch = shard_batch(loader.batch(index), mesh)
+      state, metrics = step(state, base, batch)
+      losses.append(jax.device_get(metrics))
+  on_host = {
+    "moments": [memory.waits(x) for x in jax.tree.leaves(state.opt_state)],
+    "reference": [memory.waits(x) for x in jax.tree.leaves(base["layers"])],
+  }
+  return losses, jax.device_get(state), on_host
+
+
+@pytest.mark.parametrize(
+  "offload, changes",
+  [
+    (("moments", "reference"), {}),
+    slow(("moments",), {}),
+    slow(("reference",), {}),
+    slow(("moments", "reference"), {"grad_accum": 2}),
+    slow(("moments",), {"critic_warmup": 0.5}),
+    slow(("moments", "reference"), {"moment_dtype": "bfloat16"}),
+  ],
+)
+def test_what_waits_on_the_host_changes_no_bit(offload, changes):
+  losses, state, on_host = trained(offload, **changes)
+  want_losses, want_state, nothing = trained((), **changes)
+  tiny.assert_trees_close(losses, want_losses, rtol=0, atol=0)
+  tiny.assert_trees_close(state, want_state, rtol=0, atol=0)
+  assert losses[0]["loss"] != losses[2]["loss"]
+  # Counters stay on the devices.
+  assert any(on_host["moments"]) == ("moments" in offload)
+  assert all(on_host["reference"]) == ("reference" in offload)
+  assert not any(nothing["moments"] + nothing["reference"])
+
+
+def test_moments_on_the_host_are_saved_and_restored(tmp_path):
+  config = make(offload=("moments",))
+  setup = make_setup(config, OBJECTIVES["rejection"], 10)
+  state = init_state(jax.random.key(0), setup, tiny.draw_params())
+  state = jax.tree.map(lambda x: x + 1, state)
+  state = jax.device_put(state, state_shardings(setup, state, tiny.mesh()))
+  mesh = tiny.mesh(fsdp=2)
+  abstract = abstract_like(state, state_shardings(setup, state, mesh))
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+    restored = checkpoints.restore(abstract)
+  tiny.assert_trees_close(restored, state, rtol=0, atol=0)
+  assert memory.waits(restored.opt_state["policy"][1][0].mu["embedding"])
+
+
+def test_a_base_below_adapters_cannot_wait_on_the_host():
+  config = make("rejection", lora=True, offload=("reference",))
+  setup = make_setup(config, OBJECTIVES["rejection"], num_steps=0)
+  with pytest.raises(ConfigError, match="--config.train.offload=moments"):
+    frozen_base(tiny.draw_params(), setup)
+
+
+@pytest.mark.slow
+def test_the_compiler_for_tpus_takes_what_waits_off_the_devices(tmp_path):
+  pytest.importorskip("libtpu", reason="needs the TPU compiler: libtpu")
+  model = preset(
+    "tiny-qwen2",
+    vocab_size=2048,
+    embed_dim=512,
+    num_layers=8,
+    head_dim=128,
+    mlp_dim=2048,
+  )
+
+  def compiled(*offload):
+    config = maze_config()
+    config.aot.topology = "v5e:4x4"
+    config.mesh = MeshConfig(data=1, fsdp=16)
+    config.model = dataclasses.replace(model, dtype="bfloat16", remat="full")
+    config.train = dataclasses.replace(
+      config.train, grad_accum=1, batch_size=16, offload=offload
+    )
+    with Progress(1, "aot", enabled=False) as progress:
+      (answer,) = jobs.compile_all([config], tmp_path, progress=progress)
+    assert answer["fits"], answer["message"]
+    sizes = answer["memory"]
+    return sizes, sizes["compiled_arguments"] + sizes["temporaries"]
+
+  sizes, everything = compiled()
+  arguments = sizes["arguments"]
+  moments, reference = arguments["optimiser"], arguments["reference"]
+  offloaded, without = compiled("moments")
+  assert offloaded["on_host"] == pytest.approx(moments, abs=1e3)
+  assert offloaded["compiled_arguments"] == pytest.approx(
+    sizes["compiled_arguments"] - moments, rel=0.01
+  )
+  # The moments of a few weights are on a device at a time, and this model has
+  # few.
+  assert everything - without > moments / 2
+  offloaded, without = compiled("reference")
+  layers = offloaded["on_host"]
+  assert 0.9 * reference < layers <= reference
+  # A layer of eight is there while it is used, and the next is fetched.
+  assert everything - without > layers / 2
