@@ -132,8 +132,16 @@ def value_network(config: ModelConfig) -> Networks:
   return run
 
 
-def policy_logps(config: ModelConfig, chunk_size: int) -> Networks:
-  """Returns networks (policy, batch) -> {"logps": log pi of each token}."""
+def policy_logps(
+  config: ModelConfig, chunk_size: int, vocab_chunk: int
+) -> Networks:
+  """Returns networks (policy, batch) -> {"logps": log pi of each token}.
+
+  Args:
+    config: the architecture.
+    chunk_size: positions of a chunk of the output head.
+    vocab_chunk: columns of a chunk of it.
+  """
 
   def run(policy: Params, batch: data.Batch) -> dict[str, jax.Array]:
     tokens = token_logprobs(
@@ -141,6 +149,7 @@ def policy_logps(config: ModelConfig, chunk_size: int) -> Networks:
       models.head_matrix(policy, config),
       batch.targets,
       chunk_size=chunk_size,
+      vocab_chunk=vocab_chunk,
       logit_scale=config.logit_scale,
     )
     return {"logps": tokens.logps}
@@ -157,6 +166,7 @@ def store_reference(
   row_length: int,
   batch_size: int,
   chunk_size: int,
+  vocab_chunk: int,
 ) -> list[data.Group]:
   """Gives every sequence the log-probabilities of the frozen reference.
 
@@ -168,6 +178,7 @@ def store_reference(
     row_length: slots of a row.
     batch_size: rows that are run together.
     chunk_size: positions of a chunk of the output head.
+    vocab_chunk: columns of a chunk of it.
 
   Returns:
     The sequences with `train.forward.REF_LOGPS` among their extras, f32[L];
@@ -181,7 +192,7 @@ def store_reference(
   ]
   scorer = Scorer(
     everything,
-    policy_logps(config, chunk_size),
+    policy_logps(config, chunk_size, vocab_chunk),
     mesh,
     row_length=row_length,
     batch_size=batch_size,

@@ -89,7 +89,7 @@ def _log_ratios(
   )
   scorer = scoring.Scorer(
     [sequence],
-    scoring.policy_logps(config, chunk_size=512),
+    scoring.policy_logps(config, chunk_size=512, vocab_chunk=8192),
     mesh,
     row_length=len(ids) - 1,
     batch_size=1,

@@ -66,6 +66,7 @@ def fit(
       row_length=config.data.row_length,
       batch_size=stage.batch_size // stage.grad_accum,
       chunk_size=stage.loss_chunk,
+      vocab_chunk=stage.loss_vocab_chunk,
     )
   if isinstance(stage, TrainConfig) and stage.keep_trunk:
     sequences = train.keep_trunk(

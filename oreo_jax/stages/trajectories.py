@@ -118,7 +118,7 @@ def score_trajectories(
   networks = {
     "values": (scoring.value_network(model), critic),
     "logps": (
-      scoring.policy_logps(model, train.loss_chunk),
+      scoring.policy_logps(model, train.loss_chunk, train.loss_vocab_chunk),
       workspace.start_policy(),
     ),
   }

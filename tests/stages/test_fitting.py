@@ -1,5 +1,6 @@
 """Held-out figures of a value network, against a fresh forward."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from oracles import tiny
 
-from oreo_jax import models
+from oreo_jax import models, scoring
 from oreo_jax.analysis.values import value_aucs
 from oreo_jax.config import (
   Config,
@@ -63,6 +64,27 @@ def test_held_out_values_are_those_before_the_last_token():
   )
   assert figures == pytest.approx(want)
   assert 0 < figures["heldout/pooled_auc"] < 1
+
+
+def test_a_stored_reference_is_chunked_as_the_stage_says(tmp_path, monkeypatch):
+  class Stored(Exception):
+    pass
+
+  def store(*unused_args, chunk_size, vocab_chunk, **unused):
+    assert (chunk_size, vocab_chunk) == (32, 64)
+    raise Stored
+
+  monkeypatch.setattr(scoring, "store_reference", store)
+  config = Config(
+    model=dataclasses.replace(tiny.MODEL, vocab_size=0),
+    data=DataConfig(tokenizer="byte", row_length=16),
+    train=TrainConfig(
+      reference="stored", kl="k3", loss_chunk=32, loss_vocab_chunk=64
+    ),
+  )
+  workspace = Workspace(config, tmp_path)
+  with pytest.raises(Stored):
+    fitting.fit(workspace, OBJECTIVES["oreo"], [], tiny.draw_params)
 
 
 @pytest.mark.slow

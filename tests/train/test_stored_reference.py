@@ -29,6 +29,7 @@ def stored(sequences, base, mesh=None, config=MODEL):
       row_length=ROW_LENGTH,
       batch_size=4,
       chunk_size=8,
+      vocab_chunk=5,
     )
 
 
