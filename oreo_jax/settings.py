@@ -118,6 +118,11 @@ def choice(*words: str) -> Any:
   return setting(words[0], choices=words)
 
 
+def section(kind: type[Section]) -> Any:
+  """Declares a section below a section, with the defaults of its class."""
+  return dataclasses.field(default_factory=kind)
+
+
 class Rule(NamedTuple):
   """What one setting must be because of another."""
 

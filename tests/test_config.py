@@ -12,6 +12,7 @@ from oreo_jax.config import (
   ConfigError,
   ModelConfig,
   TaskConfig,
+  computed_like,
   field_paths,
   from_dict,
   save_config,
@@ -273,3 +274,16 @@ def test_a_tuple_flag_may_be_short():
   assert parse_tuple("rejection,oreo_token") == words
   assert parse_tuple("('rejection','oreo_token')") == words
   assert parse_tuple("(rejection, oreo_token)") == words
+
+
+def test_how_a_model_runs_is_not_what_it_is():
+  ours = ModelConfig(
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    remat="full",
+    attention="blockwise",
+    attention_block=64,
+    unroll=2,
+  )
+  given = computed_like(ours, ModelConfig(embed_dim=8, rope_theta=5.0))
+  assert given == dataclasses.replace(ours, embed_dim=8, rope_theta=5.0)

@@ -9,15 +9,11 @@ from typing import Any
 from oreo_jax import files
 from oreo_jax.aot import jobs, search, topology
 from oreo_jax.aot.compilation import short_message
-from oreo_jax.config import Config, ConfigError, ModelConfig
+from oreo_jax.config import Config, ConfigError, ModelConfig, computed_like
 from oreo_jax.models.presets import PRESETS
 from oreo_jax.progress import Progress
 from oreo_jax.stages.stage import Say, Stage
-from oreo_jax.stages.workspace import (
-  Workspace,
-  computed_like,
-  with_architecture,
-)
+from oreo_jax.stages.workspace import Workspace, with_architecture
 
 _FOLDER = "aot"
 

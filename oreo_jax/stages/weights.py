@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from oreo_jax import models
-from oreo_jax.config import ModelConfig, from_dict
+from oreo_jax.config import ModelConfig, computed_like, from_dict
 from oreo_jax.models import Params
 from oreo_jax.sharding import shardings_of
 from oreo_jax.train.checkpoint import Checkpoints, abstract_like
@@ -58,14 +58,9 @@ def load_model(
   """
   with Checkpoints(folder / "model" / role, keep=1) as checkpoints:
     saved = from_dict(checkpoints.record()["model"], ModelConfig, "model")
-    config = dataclasses.replace(
-      saved,
-      dtype=ours.dtype,
-      remat=ours.remat,
-      attention=ours.attention,
-      attention_block=ours.attention_block,
-      unroll=ours.unroll,
-    )
+    # What is saved has a dtype already.
+    ours = dataclasses.replace(ours, param_dtype=saved.param_dtype)
+    config = computed_like(ours, saved)
     head = ROLES[role].head
     shapes = models.abstract_params(config, head=head)
     axes = models.logical_axes(config, head=head)

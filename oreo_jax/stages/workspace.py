@@ -25,9 +25,11 @@ from jax.sharding import Mesh
 
 from oreo_jax import data, files, hosts, models, tasks
 from oreo_jax.config import (
+  HOW_IT_RUNS,
   Config,
   ConfigError,
   ModelConfig,
+  computed_like,
   save_config,
   to_dict,
 )
@@ -63,11 +65,8 @@ _NO_MATTER = (
   "loss_vocab_chunk",
   "offload",
   "profile",
-  "remat",
-  "attention",
-  "attention_block",
-  "unroll",
   "path",
+  *HOW_IT_RUNS,
 )
 
 
@@ -371,22 +370,3 @@ class Workspace:
 def with_architecture(model: ModelConfig, init: str) -> ModelConfig:
   """Returns the checkpoint's architecture, computed as `model` says."""
   return computed_like(model, load_hf_config(init)) if init else model
-
-
-def computed_like(ours: ModelConfig, architecture: ModelConfig) -> ModelConfig:
-  """Returns an architecture, computed in the way that `ours` is.
-
-  Args:
-    ours: says how: dtypes, attention, what is computed again.
-    architecture: says what.
-  """
-  how = (
-    "dtype",
-    "param_dtype",
-    "remat",
-    "attention",
-    "attention_block",
-    "unroll",
-  )
-  settings = {name: getattr(ours, name) for name in how}
-  return dataclasses.replace(architecture, **settings)

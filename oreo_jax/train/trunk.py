@@ -30,7 +30,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from oreo_jax import files, hosts, models
-from oreo_jax.config import ConfigError
+from oreo_jax.config import HOW_IT_RUNS, ConfigError
 from oreo_jax.data import (
   Group,
   Tokenized,
@@ -53,8 +53,8 @@ from oreo_jax.train.setup import Setup
 
 # Half the bytes of float32. A model that computes in bfloat16 loses nothing.
 _DTYPE = np.dtype(jnp.bfloat16)
-# Settings of a model that change neither what it says nor its dtype.
-_HOW_IT_RUNS = ("remat", "unroll", "family", "max_positions")
+# Settings of a model that do not change what it says.
+_NO_MATTER = (*HOW_IT_RUNS, "family", "max_positions")
 
 
 def keep_trunk(
@@ -273,7 +273,7 @@ def _key(
   for name in unique:
     tokens.update(len(name).to_bytes(8, "little") + name)
   settings = dataclasses.asdict(models.without_adapters(setup.model))
-  for setting in _HOW_IT_RUNS:
+  for setting in _NO_MATTER:
     del settings[setting]
   return {
     "layers": depth,

@@ -1,145 +1,21 @@
-"""Typed configuration: one dataclass a section, checked before anything runs.
-
-A file in `configs/` returns a `Config` from `get_config(variant)`; flags change
-single fields (`--config.train.lr=1e-4`). What a setting may be stands beside
-it: a number is not negative unless its limits say otherwise, and the first word
-of a `choice` is the default. What one setting must be because of another is a
-rule of its section.
-
-The dataclasses are hashable, so that a section can be a static argument of
-`jax.jit`, and not frozen, because the flags set attributes. Types are real
-types, never strings: the flag parser reads them.
-"""
+"""Settings of what there is to solve, and of the stages that work on it."""
 
 import dataclasses
-import pathlib
-import pprint
 from collections.abc import Iterator
-from typing import Any
 
-from oreo_jax import files
+from oreo_jax.config.networks import DTYPES, REMAT
 from oreo_jax.settings import (
-  ConfigError,
   Rule,
   Section,
-  build,
   choice,
-  field_paths,
   positive,
+  section,
   setting,
-  unknown_key,
 )
 
-__all__ = [
-  "AotConfig",
-  "CollectConfig",
-  "CompareConfig",
-  "Config",
-  "ConfigError",
-  "CriticConfig",
-  "DataConfig",
-  "EvaluateConfig",
-  "LoraConfig",
-  "MeshConfig",
-  "MethodConfig",
-  "ModelConfig",
-  "SftConfig",
-  "StageConfig",
-  "TaskConfig",
-  "TrainConfig",
-  "field_paths",
-  "from_dict",
-  "save_config",
-  "to_dict",
-  "unknown_key",
-]
-
-DTYPES = ("float32", "bfloat16")
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
-# What a backward pass computes again: nothing, a whole layer, all but its
-# products with weights, or all but those of attention, which are small.
-REMAT = ("none", "full", "dots", "attention")
-ATTENTIONS = ("reference", "blockwise", "cudnn", "splash")
 # Adam's moments, or the layers of a reference that nothing trained stands on.
 OFFLOAD = ("moments", "reference")
 GRANULARITIES = ("token", "step", "response")
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class ModelConfig(Section):
-  """A Llama-family decoder; `presets.py` holds published ones."""
-
-  vocab_size: int = 0  # 0: taken from the tokenizer
-  embed_dim: int = positive(64)  # D, width of the residual stream
-  num_layers: int = positive(4)  # L
-  num_heads: int = positive(4)  # N, query heads
-  num_kv_heads: int = positive(4)  # K, key/value heads (K < N: grouped)
-  head_dim: int = positive(16)  # H
-  mlp_dim: int = positive(256)  # F, width of the gated MLP
-  rope_theta: float = positive(10_000.0)  # base of the rotary frequencies
-  # Llama 3: (factor, low, high, original length).
-  rope_scaling: tuple = setting((), entry=float, above=0)
-  norm_eps: float = positive(1e-6)  # epsilon inside every RMSNorm
-  qkv_bias: bool = False  # bias on q, k, v (Qwen2)
-  qk_norm: bool = False  # RMSNorm on each q and k head (Qwen3)
-  tie_embeddings: bool = True  # output head = transposed embedding
-  embed_scale: float = positive(1.0)  # MiniCPM scale_emb, Granite likewise
-  residual_scale: float = positive(1.0)  # MiniCPM scale_depth/sqrt(L), Granite
-  attention_scale: float = 0.0  # 0: 1/sqrt(H); Granite attention_multiplier
-  logit_scale: float = positive(1.0)  # MiniCPM dim_model_base/D, Granite
-  sliding_window: int = 0  # 0: full causal attention (Mistral v0.1: 4096)
-  init_std: float = 0.0  # 0: 1/sqrt(fan_in)
-  dtype: str = choice(*DTYPES)  # compute dtype of activations
-  # Of weights that are loaded, frozen or saved; what is trained is float32.
-  param_dtype: str = choice(*DTYPES)
-  remat: str = choice(*REMAT)  # what the backward recomputes
-  # How packed rows attend; auto: what suits the backend.
-  attention: str = choice("auto", *ATTENTIONS)
-  attention_block: int = 0  # tokens a block of it; 0: what suits the backend
-  unroll: int = positive(1)  # layers a scan step; num_layers: all (CPU: fast)
-  lora_rank: int = 0  # set by critic.kind and lora.policy; 0: no adapters
-  lora_alpha: float = 0.0  # updates are scaled by lora_alpha / lora_rank
-  # Projections that carry adapters.
-  lora_targets: tuple = setting((), entry=str, choices=PROJECTIONS)
-  lora_layers: int = 0  # adapters are trained in the last n layers; 0: in all
-  family: str = ""  # Hugging Face model_type of exports; empty: one that fits
-  max_positions: int = 0  # longest sequence it was trained for; 0: not stated
-
-  def rules(self) -> Iterator[Rule]:
-    """Yields what the shapes must be because of each other."""
-    yield Rule(
-      self.num_heads % self.num_kv_heads == 0,
-      "num_kv_heads",
-      f"a divisor of num_heads={self.num_heads}",
-    )
-    yield Rule(self.head_dim % 2 == 0, "head_dim", "an even number, for RoPE")
-    yield Rule(
-      len(self.rope_scaling) in (0, 4),
-      "rope_scaling",
-      "() or (factor, low_freq, high_freq, original_length)",
-    )
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class MeshConfig(Section):
-  """Sizes of the device mesh axes; one of them may be -1 (the rest)."""
-
-  data: int = setting(-1, low=-1)  # rows of the batch
-  fsdp: int = setting(1, low=-1)  # rows of the batch and shards of every weight
-  tensor: int = setting(1, low=-1)  # heads, MLP columns, vocabulary
-  dcn_data: int = setting(1, low=-1)  # slices joined by the data-centre network
-
-  def rules(self) -> Iterator[Rule]:
-    """Yields that sizes are positive, and which may be left open."""
-    sizes = dataclasses.asdict(self)
-    for axis, size in sizes.items():
-      yield Rule(size != 0, axis, "a positive size, or -1 for the rest")
-      others = [s for other, s in sizes.items() if other != axis]
-      yield Rule(
-        size != -1 or -1 not in others,
-        axis,
-        "a positive size, since another axis is -1 already",
-      )
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -329,29 +205,6 @@ class TrainConfig(StageConfig):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class CriticConfig(Section):
-  """The value network."""
-
-  # The trunk: its own, the policy's start under adapters, or the policy's.
-  kind: str = choice("separate", "lora", "shared")
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class LoraConfig(Section):
-  """Low-rank adapters (critic.kind=lora, or the policy with `policy`)."""
-
-  policy: bool = False  # train adapters of the policy, not its weights
-  rank: int = positive(64)  # r
-  alpha: float = positive(64.0)  # updates are scaled by alpha / rank
-  targets: tuple = setting(
-    PROJECTIONS, entry=str, choices=PROJECTIONS, nonempty=True
-  )
-  # Adapt the last n layers; 0: all. Those below run once a batch for all the
-  # networks, need no backward pass and keep no activations for one.
-  last_layers: int = 0
-
-
-@dataclasses.dataclass(unsafe_hash=True)
 class EvaluateConfig(Section):
   """Accuracy on held-out problems, and what the value adds."""
 
@@ -396,10 +249,6 @@ class MethodConfig(Section):
     )
 
 
-def _section(kind):
-  return dataclasses.field(default_factory=kind)
-
-
 @dataclasses.dataclass(unsafe_hash=True)
 class CompareConfig(Section):
   """All methods on the same trajectories, several seeds (`oreo compare`)."""
@@ -416,13 +265,13 @@ class CompareConfig(Section):
   round_methods: tuple = setting(("oreo_token", "rejection"), entry=str)
   round_seeds: int = 1  # seeds that go through the rounds
 
-  rejection: MethodConfig = _section(MethodConfig)
-  dpo: MethodConfig = _section(MethodConfig)
-  kto: MethodConfig = _section(MethodConfig)
-  dqo: MethodConfig = _section(MethodConfig)
-  oreo_token: MethodConfig = _section(MethodConfig)
-  oreo_step: MethodConfig = _section(MethodConfig)
-  oreo_response: MethodConfig = _section(MethodConfig)
+  rejection: MethodConfig = section(MethodConfig)
+  dpo: MethodConfig = section(MethodConfig)
+  kto: MethodConfig = section(MethodConfig)
+  dqo: MethodConfig = section(MethodConfig)
+  oreo_token: MethodConfig = section(MethodConfig)
+  oreo_step: MethodConfig = section(MethodConfig)
+  oreo_response: MethodConfig = section(MethodConfig)
 
   def rules(self) -> Iterator[Rule]:
     """Yields how many seeds may go through the rounds."""
@@ -461,76 +310,3 @@ class AotConfig(Section):
       "what",
       "train, since search=True tries layouts of the training step",
     )
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class Config(Section):
-  """A run, whole: what `get_config(variant)` of a file in configs/ returns."""
-
-  seed: int = 0  # of the initial weights; stages have seeds of their own
-  init: str = ""  # a checkpoint directory to start from; empty: random weights
-  # Objectives that `run` trains besides.
-  baselines: tuple = setting(("rejection",), entry=str)
-  rounds: int = positive(1)  # collect-and-train rounds of `iterate`
-  # Where the critic of a round starts: the round's reference, or the last one.
-  round_critic: str = choice("fresh", "continue")
-  # Problems of a round: those of the first, or the next collect.problems ones.
-  round_problems: str = choice("same", "fresh")
-  model: ModelConfig = _section(ModelConfig)
-  critic: CriticConfig = _section(CriticConfig)
-  lora: LoraConfig = _section(LoraConfig)
-  mesh: MeshConfig = _section(MeshConfig)
-  task: TaskConfig = _section(TaskConfig)
-  data: DataConfig = _section(DataConfig)
-  sft: SftConfig = _section(SftConfig)
-  collect: CollectConfig = _section(CollectConfig)
-  train: TrainConfig = _section(TrainConfig)
-  evaluate: EvaluateConfig = _section(EvaluateConfig)
-  compare: CompareConfig = _section(CompareConfig)
-  aot: AotConfig = _section(AotConfig)
-
-  def rules(self) -> Iterator[Rule]:
-    """Yields what sections must be because of each other."""
-    data = self.data
-    adapted = self.lora.policy or self.critic.kind == "lora"
-    yield Rule(
-      not self.train.keep_trunk or (adapted and self.lora.last_layers > 0),
-      "train.keep_trunk",
-      "False, unless there are frozen layers below adapters: set "
-      "lora.last_layers, with lora.policy=True or critic.kind=lora",
-    )
-    yield Rule(
-      data.tokenizer != "hf" or bool(data.tokenizer_path or self.init),
-      "data.tokenizer_path",
-      "a directory, since data.tokenizer=hf and init is empty",
-    )
-    # Fresh token ids would be read off rows of the embedding that mean others.
-    yield Rule(
-      not self.init or data.tokenizer in ("task", "hf"),
-      "data.tokenizer",
-      f"hf, since the checkpoint init={self.init!r} brings its own tokenizer "
-      "(--config.data.tokenizer=hf)",
-    )
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-  """Returns the nested dict of plain values that `from_dict` reads back."""
-  return dataclasses.asdict(config)
-
-
-def from_dict(
-  values: dict[str, Any], kind: type = Config, path: str = ""
-) -> Any:
-  """Builds a config, or one section of it; see `settings.build`."""
-  return build(kind, values, path)
-
-
-def save_config(config: Config, path: str | pathlib.Path) -> None:
-  """Writes the resolved config as a file that `--config` accepts again."""
-  values = pprint.pformat(to_dict(config), sort_dicts=False, width=76)
-  text = (
-    '"""The resolved configuration of this run; give it back as --config."""\n'
-    "\nfrom oreo_jax.config import from_dict\n\n\n"
-    f"def get_config():\n  return from_dict(VALUES)\n\n\nVALUES = {values}\n"
-  )
-  files.write_text(path, text)
