@@ -1,6 +1,7 @@
 """Meshes, rules and batches; over several slices and processes too."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,22 @@ def test_slices_that_cannot_be_laid_out_are_one_error():
   hole = v5e()[:15]
   with pytest.raises(ConfigError, match="no sizes fit; use all devices"):
     make_mesh(MeshConfig(data=-1), hole)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_dcn_data_takes_from_data_and_moves_no_device(count):
+  devices = hosts_of(count, 8 // count, slices=True)
+  for sizes in itertools.product((1, 2, 4, 8), repeat=4):
+    if np.prod(sizes) == 8:
+      dcn_data, data, fsdp, tensor = sizes
+      mesh = make_mesh(
+        MeshConfig(**dict(zip(AXES, sizes, strict=True))), devices
+      )
+      joined = MeshConfig(data=dcn_data * data, fsdp=fsdp, tensor=tensor)
+      np.testing.assert_array_equal(
+        mesh.devices.reshape(dcn_data * data, fsdp, tensor),
+        make_mesh(joined, devices).devices[0],
+      )
 
 
 SHARES = [

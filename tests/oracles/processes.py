@@ -16,7 +16,10 @@ import jax
 address, count, index = sys.argv[1:4]
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if int(count) > 1:  # one process alone needs no network
-  jax.distributed.initialize(address, int(count), int(index))
+  # A machine that is busy may stand still for longer than jax has patience.
+  jax.distributed.initialize(
+    address, int(count), int(index), heartbeat_timeout_seconds=600
+  )
 """
 
 
