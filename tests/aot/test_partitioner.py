@@ -38,6 +38,9 @@ def make(mesh, *, critic="separate", grad_accum=1, what="train", **model):
     collect=dataclasses.replace(
       config.collect, batch_size=32, samples=2, max_new_tokens=7
     ),
+    evaluate=dataclasses.replace(
+      config.evaluate, batch_size=32, budgets=(2,), max_new_tokens=7
+    ),
   )
 
 
@@ -86,7 +89,7 @@ def test_every_mesh_is_partitioned_without_a_last_resort(mesh):
     for critic in ("separate", "lora")
     for grad_accum in (1, 2)
   ]
-  configs.append(make(mesh, what="decode"))
+  configs += [make(mesh, what=what) for what in ("decode", "search")]
   assert messages(partitioner_log(configs)) == []
 
 
