@@ -21,8 +21,10 @@ batch 32 of rows is about the paper's 128 answers.
 
 Hardware: the policy, its moments and gradients, and the reference, which is the
 critic's trunk as well, are five copies of 7B float32 weights, 140 GB, split
-over the chips by `mesh.fsdp`: eight of 32 GB hold them and the activations. By
-count, not run. Time: not measured.
+over the chips by `mesh.fsdp`. By `oreo aot`, these settings take 12.1 of 95.7
+GiB a chip on a v5p:2x2x4 (16 chips, 2 rows each); with 64 chips of a v5e:8x8
+and --config.train.batch_size=128 it is 6.6 of 15.75 GiB. More machines are in
+docs/scaling.md. Not run, not measured.
 """
 
 from oreo_jax.config import (
