@@ -28,7 +28,6 @@ def make(case: Case):
       mlp_dim=case.mlp,
       rope_theta=case.theta,
       norm_eps=case.eps,
-      unroll=case.layers,
     ),
     train=TrainConfig(
       batch_size=case.rows,

@@ -28,7 +28,6 @@ from oreo_jax.config import (
   CriticConfig,
   DataConfig,
   LoraConfig,
-  ModelConfig,
   TrainConfig,
 )
 
@@ -36,7 +35,6 @@ from oreo_jax.config import (
 def get_config() -> Config:
   """Returns the run's settings; name --config.init and --config.data.path."""
   return Config(
-    model=ModelConfig(unroll=30),
     critic=CriticConfig(kind="lora"),
     # Nothing is trained in the first 22 layers, and no gradient computed.
     lora=LoraConfig(rank=16, alpha=32.0, last_layers=8),

@@ -148,6 +148,7 @@ def policy_logps(
       _hidden(policy, batch, config),
       models.head_matrix(policy, config),
       batch.targets,
+      mask=batch.action_mask,
       chunk_size=chunk_size,
       vocab_chunk=vocab_chunk,
       logit_scale=config.logit_scale,

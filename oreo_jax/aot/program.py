@@ -34,6 +34,7 @@ from oreo_jax.train.checkpoint import abstract_like
 from oreo_jax.train.flops import step_flops
 from oreo_jax.train.forward import stored_extras
 from oreo_jax.train.frozen import frozen_base
+from oreo_jax.train.head import position_blocks
 from oreo_jax.train.roles import needs_base
 from oreo_jax.train.state import init_state, state_shardings
 
@@ -81,6 +82,13 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
   )
   step: Any = train.make_train_step(setup, state, mesh)  # jitted
+  with jax.set_mesh(mesh):
+    head_blocks = position_blocks(
+      stage.batch_size // stage.grad_accum,
+      config.data.row_length,
+      config.model.vocab_size,
+      stage.loss_chunk,
+    )
 
   def lower() -> Any:
     with jax.set_mesh(mesh):
@@ -97,6 +105,8 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     },
     sum(step_flops(setup, stage.batch_size, config.data.row_length).values()),
     stage.batch_size * config.data.row_length,
+    # The output head skips blocks without an action: here every token is one.
+    loop_lengths=(head_blocks,),
   )
 
 

@@ -15,7 +15,7 @@ DTYPES = ("float32", "bfloat16")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
 # What a backward pass computes again: nothing, a whole layer, all but its
 # products with weights, or all but those of attention, which are small.
-REMAT = ("none", "full", "dots", "attention")
+REMAT = ("dots", "none", "full", "attention")
 ATTENTIONS = ("reference", "blockwise", "cudnn", "splash")
 # How a model is computed: it changes what the model says by rounding alone.
 HOW_IT_RUNS = ("remat", "attention", "attention_block", "unroll")

@@ -77,6 +77,9 @@ class StageConfig(Section):
   offload: tuple = setting((), entry=str, choices=OFFLOAD)
   loss_chunk: int = positive(512)  # positions of a chunk of the output head
   loss_vocab_chunk: int = positive(8192)  # columns of a chunk of it
+  # Logits of a micro-batch and device, up to which they wait for the backward
+  # pass (4 bytes each, as many of the reference); more are computed again.
+  loss_keep: int = 2**26
   # First and last step of a profiler trace, counted from 1; empty: none.
   profile: tuple = setting((), entry=int, above=0)
   seed: int = 0  # of the order of the data

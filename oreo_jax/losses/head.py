@@ -2,45 +2,37 @@
 
 The logits of a batch, `[B, T, V]`, never exist at once. One pass over blocks of
 them adds up a few sums a position, of which log-probability, KL and entropy
-are made. The backward pass makes each block again, turns it into the gradient
-of the logits, and adds that up into the gradients of the hidden states and of
-the head. Besides these two, nothing that either pass makes grows with V.
+are made. The backward pass makes each block again, or takes the one that was
+kept, turns it into the gradient of the logits, and adds that up into the
+gradients of the hidden states and of the head. Besides these two, nothing that
+either pass makes grows with V, unless the logits are kept.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Finite stand-in for a logit of minus infinity: its probability is 0 in
-# float32, yet differences, products and squares of it stay finite.
-LOWEST_LOGIT = -1e9
-
-Carry = TypeVar("Carry")
-
-
-class Plan(NamedTuple):
-  """How the logits are cut, and what is made of them; static under jit."""
-
-  positions: int  # of T in a block; T is a multiple of it
-  columns: int  # of V in a block, at most V
-  forward_kl: bool  # KL(ref || pi) instead of KL(pi || ref)
-  axes: tuple[str, ...]  # mesh axes that V is split over, inside a shard_map
-
-
-class Inputs(NamedTuple):
-  """The arrays of a head; see `logprobs.token_logprobs`."""
-
-  hidden: jax.Array  # [B, T, D]
-  head: jax.Array  # [D, V], of this device where V is split
-  tokens: jax.Array  # i32[B, T]
-  scale: jax.Array  # f32[]
-  ref_hidden: jax.Array | None = None  # [B, T, D']
-  ref_head: jax.Array | None = None  # [D', V]
+from oreo_jax.losses.head_blocks import (
+  LOWEST_LOGIT,
+  Inputs,
+  Logits,
+  Plan,
+  cut_columns,
+  cut_rows,
+  empty_logits,
+  get_logits,
+  loop_columns,
+  loop_rows,
+  make_logits,
+  no_sum,
+  product,
+  put_logits,
+  put_rows,
+)
 
 
 class RefSums(NamedTuple):
@@ -66,7 +58,7 @@ class Sums(NamedTuple):
   ref: RefSums | None = None
 
 
-def head_sums(inputs: Inputs, plan: Plan) -> Sums:
+def head_sums(inputs: Inputs, plan: Plan) -> tuple[Sums, Logits | None]:
   """Adds up what log-probability, KL and entropy are made of.
 
   Args:
@@ -74,40 +66,48 @@ def head_sums(inputs: Inputs, plan: Plan) -> Sums:
     plan: how to cut.
 
   Returns:
-    The sums over the whole vocabulary, the same on all devices of `plan.axes`.
+    (the sums over the whole vocabulary, the same on all devices of `plan.axes`;
+    the logits of all blocks, None without `plan.keeps`)
   """
-  zero = _no_sum(inputs)
+  zero = no_sum(inputs)
   lowest = zero + LOWEST_LOGIT
   sums = Sums(lowest, zero, zero, zero)
   if inputs.ref_head is not None:
     sums = sums._replace(ref=RefSums(lowest, zero, zero, zero))
 
-  def columns_body(column: jax.Array, sums: Sums) -> Sums:
-    heads, mask, tokens = _columns(inputs, column, plan)
+  def columns_body(column: jax.Array, carry: Any) -> Any:
+    block = cut_columns(inputs, column, plan)
 
-    def body(row: jax.Array, sums: Sums) -> Sums:
-      rows = functools.partial(_rows, index=row, plan=plan)
-      logits, ref_logits = _logits(inputs, rows, heads)
-      new = _block_sums(logits, ref_logits, rows(tokens), mask, plan.forward_kl)
-      old = jax.tree.map(rows, sums)
-      return _put_rows(sums, _add(old, new, plan.forward_kl), row, plan)
+    def body(row: jax.Array, carry: Any) -> Any:
+      sums, kept = carry
+      rows = functools.partial(cut_rows, index=row, plan=plan)
+      logits = make_logits(inputs, block, row, plan)
+      new = _block_sums(
+        *logits, rows(block.tokens), block.mask, plan.forward_kl
+      )
+      new = _add(jax.tree.map(rows, sums), new, plan.forward_kl)
+      kept = put_logits(kept, logits, block, row, inputs, plan)
+      return put_rows(sums, new, row, plan), kept
 
-    return _loop(inputs.tokens.shape[1] // plan.positions, body, sums)
+    return loop_rows(inputs, plan, body, carry)
 
-  sums = _loop(_column_blocks(inputs, plan), columns_body, sums)
+  sums, kept = loop_columns(
+    inputs, plan, columns_body, (sums, empty_logits(inputs, plan))
+  )
   if not plan.axes:
-    return sums
+    return sums, kept
   highest = functools.partial(jax.lax.pmax, axis_name=plan.axes)
   top = highest(sums.top)
   ref_top = None if sums.ref is None else highest(sums.ref.top)
   sums = _relative_to(sums, top, ref_top, plan.forward_kl)
   total = functools.partial(jax.lax.psum, axis_name=plan.axes)
-  return _with_tops(jax.tree.map(total, sums), top, ref_top)
+  return _with_tops(jax.tree.map(total, sums), top, ref_top), kept
 
 
 def head_gradients(
   inputs: Inputs,
   sums: Sums,
+  kept: Logits | None,
   logps_grad: jax.Array,
   kl_grad: jax.Array | None,
   plan: Plan,
@@ -126,6 +126,7 @@ def head_gradients(
   Args:
     inputs: what `head_sums` was given.
     sums: what it returned.
+    kept: the logits it returned; None makes them again.
     logps_grad: f32[B, T], of the log-probabilities.
     kl_grad: f32[B, T], of the KL; None where no KL is used.
     plan: how to cut.
@@ -138,7 +139,7 @@ def head_gradients(
   hidden, head = inputs.hidden, inputs.head
   if kl_grad is None:
     inputs = inputs._replace(ref_hidden=None, ref_head=None)
-  zero = _no_sum(inputs)
+  zero = no_sum(inputs)
   hidden_grad = jnp.broadcast_to(zero[..., None], hidden.shape)
   zero = zero[:1, :1]
   head_grad = None
@@ -147,20 +148,20 @@ def head_gradients(
 
   def columns_body(column: jax.Array, carry: Any) -> Any:
     hidden_grad, head_grad = carry
-    heads, mask, tokens = _columns(inputs, column, plan)
+    block = cut_columns(inputs, column, plan)
     # The gradient of a block of the head is summed in float32 and rounded to
     # the dtype of the head once.
     block_grad = None
     if with_head:
-      block_grad = jnp.broadcast_to(zero, heads[0].shape)
+      block_grad = jnp.broadcast_to(zero, block.head.shape)
 
     def body(row: jax.Array, carry: Any) -> Any:
       hidden_grad, block_grad = carry
-      rows = functools.partial(_rows, index=row, plan=plan)
+      rows = functools.partial(cut_rows, index=row, plan=plan)
       logits_grad = _logits_grad(
-        *_logits(inputs, rows, heads),
-        rows(tokens),
-        mask,
+        *get_logits(kept, block, row, inputs, plan),
+        rows(block.tokens),
+        block.mask,
         jax.tree.map(rows, sums),
         rows(logps_grad),
         None if kl_grad is None else rows(kl_grad),
@@ -169,29 +170,28 @@ def head_gradients(
       # The products run in the dtype of the activations, as those of every
       # layer do.
       logits_grad = (logits_grad * inputs.scale).astype(hidden.dtype)
-      new = _product("bcv,dv->bcd", logits_grad, heads[0])
-      hidden_grad = _put_rows(hidden_grad, rows(hidden_grad) + new, row, plan)
+      new = product("bcv,dv->bcd", logits_grad, block.head)
+      hidden_grad = put_rows(hidden_grad, rows(hidden_grad) + new, row, plan)
       if block_grad is not None:
-        block_grad = block_grad + _product(
+        block_grad = block_grad + product(
           "bcd,bcv->dv", rows(hidden), logits_grad
         )
       return hidden_grad, block_grad
 
-    hidden_grad, block_grad = _loop(
-      inputs.tokens.shape[1] // plan.positions, body, (hidden_grad, block_grad)
+    hidden_grad, block_grad = loop_rows(
+      inputs, plan, body, (hidden_grad, block_grad)
     )
     if head_grad is not None and block_grad is not None:
-      start, _ = _column_start(inputs, column, plan)
-      old = jax.lax.dynamic_slice_in_dim(head_grad, start, plan.columns, 1)
+      old = jax.lax.dynamic_slice_in_dim(
+        head_grad, block.start, plan.columns, 1
+      )
       # The last block overlaps the one before it, but adds zeros there.
       head_grad = jax.lax.dynamic_update_slice_in_dim(
-        head_grad, old + block_grad.astype(head.dtype), start, 1
+        head_grad, old + block_grad.astype(head.dtype), block.start, 1
       )
     return hidden_grad, head_grad
 
-  return _loop(
-    _column_blocks(inputs, plan), columns_body, (hidden_grad, head_grad)
-  )
+  return loop_columns(inputs, plan, columns_body, (hidden_grad, head_grad))
 
 
 def _block_sums(
@@ -330,121 +330,3 @@ def _is_token(
   index = jnp.arange(logits.shape[-1], dtype=tokens.dtype)
   chosen = tokens[..., None] == index[None, None, :]
   return chosen if mask is None else chosen & mask
-
-
-def _logits(
-  inputs: Inputs,
-  rows: Callable[[jax.Array], jax.Array],
-  heads: tuple[jax.Array, jax.Array | None],
-) -> tuple[jax.Array, jax.Array | None]:
-  """The logits of a block, f32[B, C, W], and those of the reference."""
-
-  def logits_of(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    # float32 from here on: a bfloat16 log-softmax loses the differences
-    # between policy and reference that all our losses are made of.
-    logits = _product("bcd,dv->bcv", rows(hidden), head)
-    return jnp.maximum(logits * inputs.scale, LOWEST_LOGIT)
-
-  head, ref_head = heads
-  ref_logits = None
-  if inputs.ref_hidden is not None and ref_head is not None:
-    ref_logits = logits_of(inputs.ref_hidden, ref_head)
-  return logits_of(inputs.hidden, head), ref_logits
-
-
-def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns a product of matrices in the dtype of `x`, summed in float32."""
-  product = functools.partial(
-    jnp.einsum, equation, preferred_element_type=jnp.float32
-  )
-  y = y.astype(x.dtype)
-  if x.dtype == jnp.float32:
-    return product(x, y)
-
-  def widened(x: jax.Array, y: jax.Array) -> jax.Array:
-    return product(x.astype(jnp.float32), y.astype(jnp.float32))
-
-  # XLA's CPU backend has no kernel for some products of bfloat16 that are
-  # summed in float32 ("Unsupported element type for DotThunk"). Each product of
-  # two such numbers is exact in float32, so nothing but the order changes.
-  return jax.lax.platform_dependent(x, y, cpu=widened, default=product)
-
-
-def _column_blocks(inputs: Inputs, plan: Plan) -> int:
-  return -(-inputs.head.shape[1] // plan.columns)
-
-
-def _column_start(
-  inputs: Inputs, index: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array]:
-  """Returns where a block of columns starts, and its first new column."""
-  fresh = index * plan.columns
-  return jnp.minimum(fresh, inputs.head.shape[1] - plan.columns), fresh
-
-
-def _columns(
-  inputs: Inputs, index: jax.Array, plan: Plan
-) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None, jax.Array]:
-  """Cuts a block of columns out of the heads.
-
-  Returns:
-    (the two heads' columns; bool[1, 1, W], which of them no block before has
-    had, or None for all; the tokens counted from the block's first column)
-  """
-  vocab = inputs.head.shape[1]
-  tokens = inputs.tokens
-  if plan.axes:
-    tokens = tokens - jax.lax.axis_index(plan.axes) * vocab
-  start, fresh = _column_start(inputs, index, plan)
-
-  def cut(head: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(head, start, plan.columns, axis=1)
-
-  ref_head = None if inputs.ref_head is None else cut(inputs.ref_head)
-  mask = None
-  if vocab % plan.columns:
-    column = start + jnp.arange(plan.columns, dtype=jnp.int32)
-    mask = (column >= fresh)[None, None, :]
-  return (cut(inputs.head), ref_head), mask, tokens - start
-
-
-def _rows(x: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
-  """Cuts a block of positions out of [B, T, ...]."""
-  return jax.lax.dynamic_slice_in_dim(
-    x, index * plan.positions, plan.positions, axis=1
-  )
-
-
-def _put_rows(old: Carry, new: Carry, index: jax.Array, plan: Plan) -> Carry:
-  """Writes a block of positions into every array [B, T, ...] of a tree."""
-  return jax.tree.map(
-    lambda x, y: jax.lax.dynamic_update_slice_in_dim(
-      x, y, index * plan.positions, axis=1
-    ),
-    old,
-    new,
-  )
-
-
-def _loop(
-  count: int, body: Callable[[jax.Array, Carry], Carry], carry: Carry
-) -> Carry:
-  """Calls carry = body(index, carry) for every index below `count`."""
-  if count == 1:
-    # Without a loop the compiler sees that the slices are the whole arrays.
-    return body(jnp.int32(0), carry)
-  carry, _ = jax.lax.scan(
-    lambda carry, index: (body(index, carry), None),
-    carry,
-    jnp.arange(count, dtype=jnp.int32),
-  )
-  return carry
-
-
-def _no_sum(inputs: Inputs) -> jax.Array:
-  """Returns zeros, f32[B, T], to start a sum from.
-
-  Made of an argument, as inside a `shard_map` a loop has to start from what
-  differs between the devices like what it adds.
-  """
-  return (inputs.tokens * 0).astype(jnp.float32)

@@ -12,6 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+# Names what the backward pass of an attention needs of its forward pass, for
+# policies of rematerialisation that keep it.
+MIXED = "mixed values"
+
 # (query [B, T, N, H], key, value [B, T, K, H], scale) -> mixed [B, T, N, H].
 Attend = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 

@@ -22,6 +22,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from oreo_jax.models.attention import MIXED
 
 # A score that no query sees. It is finite, so that the difference of two of
 # them is 0 and not NaN.
@@ -122,7 +125,9 @@ def _forward(
 
   indices = jnp.arange(blocks.segments.shape[0], dtype=jnp.int32)
   mixed, log_total = jax.lax.map(attend_from, indices)
-  mixed = _join(mixed, query.shape)
+  mixed, log_total = (
+    checkpoint_name(x, MIXED) for x in (_join(mixed, query.shape), log_total)
+  )
   return mixed, (query, key, value, segment_ids, mixed, log_total)
 
 

@@ -29,8 +29,8 @@ from oreo_jax.sharding import constrain_batch
 Rotary = tuple[jax.Array, jax.Array]
 
 
-# Names the results of the projections of attention for `_REMAT_POLICIES`.
-_ATTENTION = "attention"
+# Names the queries, keys and values for `_REMAT_POLICIES`.
+_PROJECTED = "projected"
 
 
 class Cache(NamedTuple):
@@ -125,14 +125,14 @@ class Block(nnx.Module):
     c = self.config
     y = self.attention_norm(x)
     query, key, value = (
-      checkpoint_name(z, _ATTENTION) for z in (self.q(y), self.k(y), self.v(y))
+      checkpoint_name(z, _PROJECTED) for z in (self.q(y), self.k(y), self.v(y))
     )
     if self.q_norm is not None:
       query, key = self.q_norm(query), self.k_norm(key)
     query, key = (attention.rotate(z, *rotary) for z in (query, key))
     scale = c.attention_scale or c.head_dim**-0.5
     mixed = attend(query, key, value, scale)
-    x = x + checkpoint_name(self.o(mixed), _ATTENTION) * c.residual_scale
+    x = x + self.o(mixed) * c.residual_scale
     y = self.mlp_norm(x)
     y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
     return constrain_batch(x + y * c.residual_scale)
@@ -164,8 +164,13 @@ def _layer_of(
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(attention.MIXED),
+  ),
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    _PROJECTED, attention.MIXED
+  ),
 }
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from oreo_jax.config import ModelConfig
@@ -42,7 +43,8 @@ def reference(
   def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float
   ) -> jax.Array:
-    return attention.attend(query, key, value, mask, scale=scale)
+    mixed = attention.attend(query, key, value, mask, scale=scale)
+    return checkpoint_name(mixed, attention.MIXED)
 
   return attend
 
@@ -219,6 +221,7 @@ def _splash_rows(
       block_q_dq=block,
       block_kv_dq=block,
     ),
+    residual_checkpoint_name=attention.MIXED,
     interpret=interpret,
   )
   segments = kernels.SegmentIds(segment_ids, segment_ids)

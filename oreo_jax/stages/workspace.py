@@ -64,6 +64,7 @@ _NO_MATTER = (
   "loss_chunk",
   "loss_vocab_chunk",
   "offload",
+  "loss_keep",
   "profile",
   "path",
   *HOW_IT_RUNS,

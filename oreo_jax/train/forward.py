@@ -116,8 +116,11 @@ def forward(
       states,
       models.head_matrix(networks[name], config),
       batch.targets,
+      # The losses are about actions; the head is not run for a prompt.
+      mask=batch.action_mask,
       chunk_size=setup.stage.loss_chunk,
       vocab_chunk=setup.stage.loss_vocab_chunk,
+      keep_logits=setup.stage.loss_keep,
       logit_scale=config.logit_scale,
       **options,
     )

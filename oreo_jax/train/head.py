@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from oreo_jax import losses
+from oreo_jax.losses.logprobs import blocks_of_positions
 from oreo_jax.sharding import batch_axes, batch_shards, free_axes
 
 
@@ -23,6 +25,7 @@ def token_logprobs(
   head: jax.Array,
   tokens: jax.Array,
   *,
+  mask: jax.Array | None = None,
   ref_hidden: jax.Array | None = None,
   ref_head: jax.Array | None = None,
   chunk_size: int,
@@ -44,6 +47,7 @@ def token_logprobs(
     hidden: [B, T, D], rows split over the batch axes.
     head: [D, V], split as `sharding.RULES` say.
     tokens: i32[B, T].
+    mask: bool[B, T], the positions that are asked for, or None for all.
     ref_hidden: [B, T, D'] of the reference, or None.
     ref_head: [D', V], or None.
     chunk_size: positions of a block of logits of this device's rows.
@@ -53,11 +57,12 @@ def token_logprobs(
     A `TokenLogprobs` of f32[B, T], split like the rows.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or len(tokens) % batch_shards(mesh):
+  if not _is_split(mesh, len(tokens)):
     return losses.token_logprobs(
       hidden,
       head,
       tokens,
+      mask=mask,
       ref_hidden=ref_hidden,
       ref_head=ref_head,
       chunk_size=chunk_size,
@@ -65,7 +70,7 @@ def token_logprobs(
     )
   vocab = head.shape[1]
   splits_over_tensor = vocab % mesh.shape["tensor"] == 0
-  gathers_rows = splits_over_tensor and _rows_are_smaller(mesh, tokens, vocab)
+  gathers_rows = _gathers_rows(mesh, tokens.size, vocab)
   vocab_axes = ("tensor",) if splits_over_tensor else ()
   # Axes along which any of the arrays differ, and so all are made to.
   of_rows = batch_axes(mesh)
@@ -86,6 +91,27 @@ def token_logprobs(
     if gathers_rows:
       x = jax.lax.all_gather(x, "fsdp", axis=0, tiled=True)
     return _vary(x, of_rows, axes)
+
+  def mask_rows(mask: jax.Array) -> jax.Array:
+    """The same for the mask, which may not be marked.
+
+    The outputs that it is applied to are sums over the axes that the vocabulary
+    is split over. What is marked as different along these would mark them too,
+    and their gradients would not be added up. A gather marks, a sum does not.
+    """
+    if not gathers_rows:
+      return mask
+    size = len(mask)
+    every_row = jnp.zeros(
+      (size * mesh.shape["fsdp"], *mask.shape[1:]), jnp.int32
+    )
+    every_row = jax.lax.dynamic_update_slice_in_dim(
+      _vary(every_row, (), of_rows),
+      mask.astype(jnp.int32),
+      jax.lax.axis_index("fsdp") * size,
+      axis=0,
+    )
+    return jax.lax.psum(every_row, "fsdp") > 0
 
   def columns(matrix: jax.Array, spec: P) -> jax.Array:
     """Returns the columns that this device computes with."""
@@ -112,6 +138,7 @@ def token_logprobs(
     hidden: jax.Array,
     head: jax.Array,
     tokens: jax.Array,
+    mask: jax.Array | None,
     ref_hidden: jax.Array | None,
     ref_head: jax.Array | None,
   ) -> losses.TokenLogprobs:
@@ -119,6 +146,7 @@ def token_logprobs(
       rows(hidden),
       columns(head, spec),
       rows(tokens),
+      mask=None if mask is None else mask_rows(mask),
       ref_hidden=None if ref_hidden is None else rows(ref_hidden),
       ref_head=None if ref_head is None else columns(ref_head, ref_spec),
       chunk_size=chunk_size,
@@ -136,22 +164,44 @@ def token_logprobs(
   batch = P(of_rows)
   return jax.shard_map(
     run,
-    in_specs=(batch, spec, batch, batch, ref_spec),
+    in_specs=(batch, spec, batch, batch, batch, ref_spec),
     out_specs=batch,
     axis_names=set(free_axes(mesh)),
-  )(hidden, head, tokens, ref_hidden, ref_head)
+  )(hidden, head, tokens, mask, ref_hidden, ref_head)
 
 
-def _rows_are_smaller(
-  mesh: AbstractMesh, tokens: jax.Array, vocab: int
-) -> bool:
+def position_blocks(rows: int, length: int, vocab: int, chunk_size: int) -> int:
+  """Returns how many blocks of positions a device computes at most.
+
+  Args:
+    rows: of a micro-batch, over the mesh in force.
+    length: of a row.
+    vocab: V.
+    chunk_size: what `token_logprobs` is given.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if _is_split(mesh, rows):
+    fsdp = mesh.shape["fsdp"]
+    gathers_rows = _gathers_rows(mesh, rows * length, vocab)
+    rows //= batch_shards(mesh)
+    if gathers_rows:
+      rows, chunk_size = rows * fsdp, max(chunk_size // fsdp, 1)
+  return blocks_of_positions(rows, length, chunk_size, masked=True)
+
+
+def _is_split(mesh: AbstractMesh, rows: int) -> bool:
+  """Returns whether every device computes with rows of its own."""
+  return not (mesh.empty or mesh.size == 1 or rows % batch_shards(mesh))
+
+
+def _gathers_rows(mesh: AbstractMesh, positions: int, vocab: int) -> bool:
   """Returns whether all hidden states of `fsdp` are no more than the head."""
   fsdp = mesh.shape["fsdp"]
   if fsdp == 1 or vocab % (fsdp * mesh.shape["tensor"]):
     return False
   # Both have D numbers a token or a column, and the head's columns are split
   # over `tensor` before they are gathered.
-  positions = tokens.size // batch_shards(mesh) * fsdp
+  positions = positions // batch_shards(mesh) * fsdp
   return positions <= vocab // mesh.shape["tensor"]
 
 

@@ -133,6 +133,93 @@ def test_gradients_of_a_frozen_head_and_of_a_part_of_the_outputs():
   np.testing.assert_allclose(logps + kl, both, rtol=1e-4, atol=1e-5)
 
 
+# Of T = 11 positions, by row: all, some in the middle, none.
+MASK = np.zeros((B, T), bool)
+MASK[0] = True
+MASK[1, 3:7] = True
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("keep_logits", [0, 10**6])
+def test_a_mask_leaves_the_asked_positions_as_they_are(direction, keep_logits):
+  arrays = draw(8)
+  options = {"chunk_size": 3, "vocab_chunk": 8, "kl_direction": direction}
+  weights = jax.random.normal(jax.random.key(9), (2, B, T))
+
+  def total(trained, mask, **more):
+    out = losses.token_logprobs(
+      **arrays | trained, **options, **more, mask=mask
+    )
+    read = jnp.where(MASK, weights[0] * out.logps + weights[1] * out.kl, 0.0)
+    return read.sum(), out
+
+  trained = {name: arrays[name] for name in ("hidden", "head")}
+  gradient = jax.jit(
+    jax.grad(total, has_aux=True), static_argnames="keep_logits"
+  )
+  grads, out = gradient(trained, jnp.asarray(MASK), keep_logits=keep_logits)
+  expected_grads, expected = gradient(trained, None)
+  assert_close(
+    out,
+    jax.tree.map(lambda x: np.where(MASK, x, 0.0), expected),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+  assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(grads["hidden"][~MASK], 0.0)
+
+
+def test_blocks_without_a_masked_position_are_not_computed():
+  arrays = draw(8)
+  mask = np.zeros((B, T), bool)
+  mask[:, 2:6] = True  # four positions a row, two blocks
+  # What is computed of these would show: 0 times NaN is NaN.
+  hidden = jnp.where(mask[..., None], arrays["hidden"], jnp.nan)
+
+  def total(hidden):
+    out = losses.token_logprobs(
+      **arrays | {"hidden": hidden}, chunk_size=2, mask=jnp.asarray(mask)
+    )
+    return (out.logps + out.kl).sum()
+
+  value, grad = jax.value_and_grad(total)(hidden)
+  assert np.isfinite(value)
+  np.testing.assert_array_equal(np.isfinite(grad), True)
+
+
+def test_kept_logits_are_not_made_again():
+  arrays = draw(7)
+  names = ("hidden", "head")
+
+  def grads(keep_logits):
+    def total(*leaves):
+      given = arrays | dict(zip(names, leaves, strict=True))
+      out = losses.token_logprobs(
+        **given, chunk_size=4, vocab_chunk=8, keep_logits=keep_logits
+      )
+      return jnp.sum(out.logps**2) + jnp.sum(out.kl)
+
+    gradient = jax.jit(jax.grad(total, (0, 1)))
+    leaves = [arrays[name] for name in names]
+    text = gradient.lower(*leaves).as_text()
+    return gradient(*leaves), text.count("dot_general")
+
+  # T = 11 is padded to 12 positions in blocks of 4.
+  limit = B * 12 * V
+  again, products = grads(limit - 1)
+  kept, fewer_products = grads(limit)
+  assert (products, fewer_products) == (6, 4)
+  assert_close(kept, again, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  "mask", [jnp.ones((B, T + 1), bool), jnp.ones((B, T), jnp.float32)]
+)
+def test_a_mask_of_another_shape_or_dtype_is_refused(mask):
+  with pytest.raises(ValueError, match="expected mask as bool"):
+    losses.token_logprobs(**draw(), mask=mask)
+
+
 def test_gradient_reaches_the_policy_alone():
   _, grads = outputs_and_grads(draw(2), chunk_size=4)
   assert all(jnp.any(grads[k] != 0.0) for k in ("hidden", "head"))

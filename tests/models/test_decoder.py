@@ -300,9 +300,11 @@ def test_remat_policies_keep_what_they_say():
   full, attention, dots, none = map(kept, ("full", "attention", "dots", "none"))
   layers = TINY.num_layers * tokens.size
   heads = TINY.num_heads + 2 * TINY.num_kv_heads
-  assert attention - full == layers * (heads * TINY.head_dim + TINY.embed_dim)
+  # Queries, keys, values, and the values that attention mixed for each query.
+  heads += TINY.num_heads
+  assert attention - full == layers * heads * TINY.head_dim
   # What comes out of the MLP is only added, which needs no backward pass.
-  assert dots - attention == layers * 2 * TINY.mlp_dim
+  assert dots - attention == layers * (2 * TINY.mlp_dim + TINY.embed_dim)
   assert dots < none
 
 

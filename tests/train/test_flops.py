@@ -24,7 +24,8 @@ from oreo_jax.train.objectives.kto import KtoBatch
 from oreo_jax.train.roles import BASE, needs_base, roles_of
 
 # Wide enough that products of matrices outweigh all else. Layers unrolled and
-# attention in one piece, since the compiler counts the body of a loop once.
+# attention in one piece, since the compiler counts the body of a loop once, and
+# nothing computed again.
 MODEL = ModelConfig(
   vocab_size=512,
   embed_dim=256,
@@ -35,6 +36,7 @@ MODEL = ModelConfig(
   mlp_dim=512,
   unroll=3,
   attention="reference",
+  remat="none",
 )
 ROWS, SLOTS = 4, 128
 

@@ -73,8 +73,9 @@ def outputs_and_grads(function, **options):
 # The hidden states of `fsdp` are fewer than 96 columns, and more than 32; 33
 # columns and a width of 7 do not divide.
 @pytest.mark.parametrize("vocab, width", [(96, D), (32, D), (33, 7)])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_equals_the_plain_head(sizes, vocab, width):
+def test_equals_the_plain_head(sizes, masked, vocab, width):
   arrays = draw(vocab, width=width)
   options = {
     "chunk_size": 4,
@@ -82,6 +83,11 @@ def test_equals_the_plain_head(sizes, vocab, width):
     "logit_scale": 0.7,
     "kl_direction": "forward" if vocab == 32 else "reverse",
   }
+  if masked:
+    # Rows with no, one, ... positions that are asked for, none at the start.
+    wanted = jnp.arange(T)[None] >= T - jnp.arange(B)[:, None] % T
+    options |= {"keep_logits": 10**6}
+    arrays["mask"] = wanted
   want = outputs_and_grads(losses.token_logprobs, **options)(arrays)
   mesh = tiny.mesh(**sizes)
   with jax.set_mesh(mesh):
