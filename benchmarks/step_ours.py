@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from step_case import ALPHA, BETA, BETAS, CLIP, EPS, LR, Case, draw, make_batch
 
-from oreo_jax import models, sharding, train
+from oreo_jax import allocator, models, sharding, train
 from oreo_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from oreo_jax.data.packing import Batch
 
@@ -64,6 +64,7 @@ def make(case: Case):
     step = train.make_train_step(setup, state, mesh)
     compiled = step.lower(state, ref, batch).compile()
     compile_s = time.perf_counter() - start
+  allocator.return_freed_memory()  # as `oreo train` does
   memory = compiled.memory_analysis()
   used = {
     "arguments": memory.argument_size_in_bytes,

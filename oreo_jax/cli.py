@@ -151,7 +151,7 @@ def _main(argv: Sequence[str]) -> None:
     # Not to wait for an accelerator, nor to hold one that is not used.
     jax.config.update("jax_platforms", "cpu")
   # From here on; the training loop saves a step instead.
-  signal.signal(signal.SIGTERM, _stop)
+  _stop_on_sigterm()
   if _DISTRIBUTED.value:
     _start_processes()
   for flag in (_TOPOLOGY, _NUM_SLICES, _WHAT, _SEARCH):
@@ -202,6 +202,25 @@ def _start_processes() -> None:
   listed = ", ".join(f"{i} on {name}" for i, name in enumerate(names[:16]))
   more = ", ..." if len(names) > 16 else ""
   _say(f"{len(names)} processes: {listed}{more}")
+
+
+def _stop_on_sigterm() -> None:
+  """Has a SIGTERM raise a PreemptedError in the main thread.
+
+  A signal can arrive while Python runs a callback of its garbage collection,
+  which lets no exception out. One that was lost so is raised again.
+  """
+  from oreo_jax.train import PreemptedError
+
+  def raise_again(lost: sys.UnraisableHookArgs) -> None:
+    if isinstance(lost.exc_value, PreemptedError):
+      signal.setitimer(signal.ITIMER_REAL, 0.1)
+    else:
+      sys.__unraisablehook__(lost)
+
+  signal.signal(signal.SIGTERM, _stop)
+  signal.signal(signal.SIGALRM, _stop)
+  sys.unraisablehook = raise_again
 
 
 def _stop(unused_signal: int, unused_frame: object) -> None:

@@ -353,3 +353,37 @@ def test_two_processes_train_as_one(tmp_path):
     )
   name = "heldout/pooled_auc"
   assert two[-1][name] == pytest.approx(one[-1][name], abs=1e-6)
+
+
+LOST_SIGNAL = """
+import gc, os, signal, time
+from oreo_jax import cli
+from oreo_jax.train import PreemptedError
+
+cli._stop_on_sigterm()
+
+def interrupted(phase, info):
+  gc.callbacks.remove(interrupted)
+  os.kill(os.getpid(), signal.SIGTERM)
+  for _ in range(3):
+    pass  # where Python looks for signals
+
+gc.callbacks.append(interrupted)
+try:
+  gc.collect()
+  print("lost")
+  time.sleep(30)
+except PreemptedError:
+  print("stopped")
+"""
+
+
+def test_a_sigterm_in_a_garbage_collection_is_not_lost():
+  result = subprocess.run(
+    [sys.executable, "-c", LOST_SIGNAL],
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+  )
+  assert result.stdout.split() == ["lost", "stopped"], result.stderr

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "oreo_jax"
 # A room is a module or a folder right under the package. A new one needs a
 # place here, so that the table stays the map of the house.
 LAYERS = {
+  "allocator": 0,
   "chips": 0,
   "files": 0,
   "hosts": 0,

@@ -19,6 +19,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from oreo_jax import hosts
+from oreo_jax.allocator import return_freed_memory
 from oreo_jax.data.loader import Loader
 from oreo_jax.metrics import MetricsWriter
 from oreo_jax.models import Params
@@ -146,6 +147,8 @@ def fit(
       )
       with trace.step(done, state), compiling:
         state, metrics = step_fn(state, ref, batch)
+      if step == first:
+        return_freed_memory()
       trace.end(done, metrics)
       meter.count(batch, metrics)
       last = done == setup.num_steps
