@@ -93,7 +93,7 @@ def _search(config: Config, folder: pathlib.Path, say: Say) -> None:
       layouts, folder / "cache", jobs=config.aot.jobs, progress=progress
     )
   ranked = search.rank(answers)
-  path = folder / "search.json"
+  path = folder / "layouts.json"
   files.write_json(path, {"ranked": ranked, "all": answers})
   say(f"{len(ranked)} of {len(layouts)} layouts fit {config.aot.topology}")
   for line in search.table(ranked):

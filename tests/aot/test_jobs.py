@@ -103,7 +103,7 @@ def test_a_search_writes_the_flags_of_the_best(tmp_path, monkeypatch):
   assert "3 of 4 layouts fit cpu:8" in said
   flags = (tmp_path / "aot" / "best.flags").read_text()
   assert flags in ("--config.mesh.fsdp=11\n", "--config.mesh.fsdp=22\n")
-  ranked = files.read_json(tmp_path / "aot" / "search.json")["ranked"]
+  ranked = files.read_json(tmp_path / "aot" / "layouts.json")["ranked"]
   times = [answer["roofline"]["step_s"] for answer in ranked]
   assert times == sorted(times) and len(times) == 3
 
