@@ -3,7 +3,9 @@
     python benchmarks/train_step.py --size=all > train_step.json
 
 Each side is a process of its own, so that its peak memory is its own. They
-take turns, a step each, so that whatever else the machine does hits both.
+take turns of a few steps, so that whatever else the machine does hits both. The
+first step of a turn is not timed: a process that has waited finds the caches
+full of another's data, and on some machines its memory taken back.
 Both start from the same weights and see the same batch; the losses of every
 step are compared, and a difference ends with exit code 1: a faster step that
 computes something else is worth nothing.
@@ -25,7 +27,8 @@ import sys
 import time
 
 SIDES = ("ours", "torch")
-WARM_UP = 2  # steps of each side that are not timed
+WARM_UP = 1  # steps at the start of each turn that are not timed
+TURN = 3  # timed steps of a turn
 TOLERANCE = 1e-4  # on the loss
 
 
@@ -105,15 +108,18 @@ def measure(size: str, repeats: int, threads: int) -> dict:
     for name in SIDES:
       say(f"{size}: making {name}")
       sides[name] = Side(name, size, threads)
-    steps = {name: [] for name in SIDES}
-    for number in range(WARM_UP + repeats):
+    steps, timed = ({name: [] for name in SIDES} for _ in range(2))
+    turns = -(-repeats // TURN)
+    for turn in range(turns):
       for name in SIDES:
         # The threads of the other side spin a little before they sleep.
         time.sleep(0.3)
-        steps[name].append(sides[name].ask("step"))
+        new = [sides[name].ask("step") for _ in range(WARM_UP + TURN)]
+        steps[name] += new
+        timed[name] += [step["seconds"] for step in new[WARM_UP:]]
       say(
-        f"{size}: step {number + 1} of {WARM_UP + repeats}: "
-        + ", ".join(f"{n} {s[-1]['seconds']:.3f} s" for n, s in steps.items())
+        f"{size}: turn {turn + 1} of {turns}: "
+        + ", ".join(f"{n} {s[-1]:.3f} s" for n, s in timed.items())
       )
     memory = {name: sides[name].ask("end") for name in SIDES}
   finally:
@@ -127,7 +133,7 @@ def measure(size: str, repeats: int, threads: int) -> dict:
     **{
       name: {
         **sides[name].facts,
-        **timings([s["seconds"] for s in steps[name][WARM_UP:]], tokens),
+        **timings(timed[name], tokens),
         **memory[name],
       }
       for name in SIDES
@@ -176,7 +182,10 @@ def main() -> None:
     "--size", choices=("small", "large", "all", "tiny"), default="all"
   )
   parser.add_argument(
-    "--repeats", type=int, default=10, help="timed steps of each side"
+    "--repeats",
+    type=int,
+    default=9,
+    help="timed steps of each side, in turns of three",
   )
   parser.add_argument(
     "--threads", type=int, default=os.cpu_count(), help="cores of each side"

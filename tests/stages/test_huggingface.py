@@ -164,6 +164,33 @@ def test_value_objective_learns_and_keeps_no_policy(trained):
   assert trained.roles("value") == ["critic"]
 
 
+def test_a_kept_trunk_trains_as_one_that_runs_every_step(
+  checkpoint, trajectories, tmp_path
+):
+  losses = {}
+  for keep_trunk in (False, True):
+    config = make_config(
+      checkpoint,
+      trajectories,
+      epochs=3.0,
+      log_every=1,
+      critic_lr=3e-3,
+      keep_trunk=keep_trunk,
+    )
+    config.lora.last_layers = 1
+    workspace = Workspace(config, tmp_path / str(keep_trunk))
+    with jax.set_mesh(workspace.mesh):
+      train.train_objective(workspace)
+    folder = workspace.path("value")
+    assert (folder / "trunk").is_dir() == keep_trunk
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    losses[keep_trunk] = [json.loads(line)["value/loss"] for line in lines]
+  # The states are kept in bfloat16.
+  assert len(losses[True]) > 4
+  np.testing.assert_allclose(losses[True], losses[False], rtol=2e-2)
+  assert losses[True] != losses[False]
+
+
 def test_value_objective_trains_adapters_on_one_copy_of_the_base(checkpoint):
   base, model = models.load_hf(checkpoint)
   config = make_config(checkpoint, "")
