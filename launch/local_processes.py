@@ -24,6 +24,8 @@ import time
 
 # Seconds until the processes that are left are asked to stop, and then killed.
 _GRACE_S = 30.0
+# How `oreo` ends where another process of its run has died; never the cause.
+_LOST_ANOTHER = 76
 
 
 def parse_arguments(arguments=None):
@@ -136,8 +138,12 @@ def main() -> int:
 
 
 def wait(children, logs) -> int:
-  """Returns the code of the first that failed, once all have ended."""
-  first = None
+  """Returns the code of the first that failed, once all have ended.
+
+  A process that ends because another has died can be gone before that one,
+  whose memory is still being cleared: it counts if there is no other cause.
+  """
+  failed: list[tuple[int, int]] = []
   deadline = float("inf")
   running = dict(enumerate(children))
   while running:
@@ -146,19 +152,23 @@ def wait(children, logs) -> int:
       p for p, child in running.items() if child.poll() is not None
     ]:
       code = running.pop(process).returncode
-      if code and first is None:
-        first = process, code
+      if not code:
+        continue
+      if not failed:
         deadline = time.monotonic() + _GRACE_S
-        report(process, code, logs)
+      failed.append((process, code))
     if time.monotonic() > deadline:
       for process, child in running.items():
         print(f"process {process} has not ended: killed", file=sys.stderr)
         child.kill()
       deadline = float("inf")
-  if first is None:
+  if not failed:
     return 0
+  causes = [end for end in failed if end[1] != _LOST_ANOTHER]
+  process, code = (causes or failed)[0]
+  report(process, code, logs)
   # A shell calls the end by signal n 128 + n.
-  return first[1] if first[1] > 0 else 128 - first[1]
+  return code if code > 0 else 128 - code
 
 
 def report(process, code, logs) -> None:

@@ -1,5 +1,6 @@
 """launch/local_processes.py, with real processes."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -16,6 +17,9 @@ from tiny_run import ROOT
 from oreo_jax.config import EvaluateConfig, save_config
 
 SCRIPT = ROOT / "launch" / "local_processes.py"
+_spec = importlib.util.spec_from_file_location("local_processes", SCRIPT)
+local_processes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(local_processes)
 
 
 def launch(*arguments, **options):
@@ -176,3 +180,23 @@ def child(launcher, process):
     if int(parent) == launcher and f"--process_id={process}" in words:
       return int(pid)
   raise AssertionError(f"process {process} of {launcher} is not running")
+
+
+def test_the_cause_is_not_the_process_that_another_has_left(tmp_path):
+  # Process 0 notices the death of process 1 before the operating system has
+  # cleared that one away.
+  script = (
+    "import os, signal, time\n"
+    "if os.environ['JAX_PROCESS_ID'] == '0': raise SystemExit(76)\n"
+    "time.sleep(1)\n"
+    "os.kill(os.getpid(), signal.SIGKILL)\n"
+  )
+  (tmp_path / "process1.log").touch()
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", script],
+      env={**os.environ, "JAX_PROCESS_ID": str(process)},
+    )
+    for process in range(2)
+  ]
+  assert local_processes.wait(children, tmp_path) == 128 + signal.SIGKILL
