@@ -8,8 +8,8 @@ of 320 tokens, two sequences a row. Three ways take turns, a step each:
 `stored`, their states come with the batch, as with `train.keep_trunk=True`. The
 weights are random, and the losses of the three are compared.
 
-JSON on standard output: seconds, median and spread of each way, and the medians
-as a share of that of `apart`.
+JSON on standard output: all seconds of each way, their median, and that as a
+share of the median of `apart`.
 """
 
 import argparse

@@ -20,8 +20,8 @@ from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.sharding import (
   batch_sharding,
-  batch_shards,
   replicated,
+  rows_that_divide,
   shard_whole_batch,
 )
 from oreo_jax.train.forward import REF_LOGPS
@@ -66,7 +66,6 @@ class Scorer:
     self._count = len(sequences)
     self._mesh = mesh
     self._description = description
-    shards = batch_shards(mesh)
     # (loader, the place of each of its sequences among all)
     self._loaders: list[tuple[data.Loader, np.ndarray]] = []
     slots = np.array([len(s.tokens) - 1 for s in sequences])
@@ -81,7 +80,7 @@ class Scorer:
       rows = max(batch_size * row_length // length, 1)
       loader = data.make_loader(
         [sequences[place] for place in places.tolist()],
-        batch_size=-(-rows // shards) * shards,
+        batch_size=rows_that_divide(rows, mesh),
         row_length=length,
         shuffle=False,
       )

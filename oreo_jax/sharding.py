@@ -203,6 +203,12 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
   return int(np.prod([mesh.shape[axis] for axis in batch_axes(mesh)]))
 
 
+def rows_that_divide(count: int, mesh: Mesh | AbstractMesh) -> int:
+  """Returns the least number of rows from `count` on that the shards divide."""
+  shards = 1 if mesh.empty else batch_shards(mesh)
+  return -(-count // shards) * shards
+
+
 def process_rows(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
   """Returns which share of a batch's rows a process has to load.
 

@@ -26,8 +26,8 @@ from oreo_jax.decode.step import Plan
 from oreo_jax.decode.stops import Stops
 from oreo_jax.sharding import (
   batch_sharding,
-  batch_shards,
   replicated,
+  rows_that_divide,
   shardings_of,
 )
 from oreo_jax.train.checkpoint import abstract_like
@@ -229,7 +229,7 @@ def _prompts(
 
   Like `decode.batches`, it rounds their number up to the shards of the mesh.
   """
-  count = -(-count // batch_shards(mesh)) * batch_shards(mesh)
+  count = rows_that_divide(count, mesh)
   room = max(config.data.row_length - max_new_tokens, _LEAST_ROOM)
   everywhere = replicated(mesh)
   return (

@@ -20,7 +20,7 @@ from oreo_jax.decode.prefix import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.values import answer_values
 from oreo_jax.models import Params
-from oreo_jax.sharding import batch_shards
+from oreo_jax.sharding import batch_shards, rows_that_divide
 
 # Called with the number of prompts done since the last call.
 OnProgress = Callable[[int], Any]
@@ -115,8 +115,7 @@ def _prompts_a_batch(wanted: int, available: int) -> int:
   """
   size = max(min(wanted, available), 1)
   mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else batch_shards(mesh)
-  rounded = -(-size // shards) * shards
+  rounded = rows_that_divide(size, mesh)
   if rounded > max(wanted, 1):
     logging.log_first_n(
       logging.INFO,
@@ -125,7 +124,7 @@ def _prompts_a_batch(wanted: int, available: int) -> int:
       1,
       rounded,
       size,
-      shards,
+      batch_shards(mesh),
     )
   return rounded
 

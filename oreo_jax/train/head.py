@@ -78,7 +78,7 @@ def token_logprobs(
   if gathers_rows:
     # Within its block of `tensor`, each device of `fsdp` has a block.
     vocab_axes = (*vocab_axes, "fsdp")
-    chunk_size = max(chunk_size // mesh.shape["fsdp"], 1)
+    chunk_size = _chunk_of_all_rows(mesh, chunk_size)
 
   def spec_of(matrix: jax.Array) -> P:
     splits = matrix.shape[0] % mesh.shape["fsdp"] == 0
@@ -181,11 +181,11 @@ def position_blocks(rows: int, length: int, vocab: int, chunk_size: int) -> int:
   """
   mesh = jax.sharding.get_abstract_mesh()
   if _is_split(mesh, rows):
-    fsdp = mesh.shape["fsdp"]
     gathers_rows = _gathers_rows(mesh, rows * length, vocab)
     rows //= batch_shards(mesh)
     if gathers_rows:
-      rows, chunk_size = rows * fsdp, max(chunk_size // fsdp, 1)
+      rows *= mesh.shape["fsdp"]
+      chunk_size = _chunk_of_all_rows(mesh, chunk_size)
   return blocks_of_positions(rows, length, chunk_size, masked=True)
 
 
@@ -203,6 +203,11 @@ def _gathers_rows(mesh: AbstractMesh, positions: int, vocab: int) -> bool:
   # over `tensor` before they are gathered.
   positions = positions // batch_shards(mesh) * fsdp
   return positions <= vocab // mesh.shape["tensor"]
+
+
+def _chunk_of_all_rows(mesh: AbstractMesh, chunk_size: int) -> int:
+  """Returns the positions of a block with the rows of all of `fsdp` in it."""
+  return max(chunk_size // mesh.shape["fsdp"], 1)
 
 
 def _vary(

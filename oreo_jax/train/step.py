@@ -35,6 +35,10 @@ from oreo_jax.train.state import TrainState, state_shardings
 # Axes that split rows and not weights: each index has a copy of all weights.
 _COPIES = ("dcn_data", "data")
 
+# (params, other arrays that are the same for all rows, rows) -> losses, metrics
+# and gradients, summed over the rows.
+Sums = Callable[[dict[str, Any], Any, Batch], Any]
+
 
 def train_step(
   state: TrainState, ref: Params | None, batch: Batch, *, setup: Setup
@@ -71,13 +75,9 @@ def train_step(
     return loss, metrics
 
   gradient = jax.value_and_grad(loss_of, has_aux=True)
-  (loss, metrics), grads = _accumulate(
-    gradient,
-    state.params,
-    (state.averages, ref, totals, action_tokens),
-    rows,
-    setup.stage.grad_accum,
-  )
+  accumulated = _over_micro_batches(gradient, setup.stage.grad_accum)
+  fixed = (state.averages, ref, totals, action_tokens)
+  (loss, metrics), grads = accumulated(state.params, fixed, rows)
   if "log_alpha" in state.params:
     grads["log_alpha"] = jax.grad(losses.alpha_loss)(
       state.params["log_alpha"], metrics["policy/kl"], setup.train.kl_target
@@ -91,36 +91,51 @@ def train_step(
   return state, {"loss": loss, **metrics}
 
 
-def _accumulate(
-  gradient: Callable[..., Any],
-  params: dict[str, Any],
-  fixed: Any,
-  batch: Batch,
-  parts: int,
-) -> Any:
-  """Adds up losses, metrics and gradients over micro-batches.
-
-  Where the rows are split over axes that weights are not split over, each
-  group of devices adds up what its own micro-batches give, and the groups'
-  sums are added once, at the end. The partitioner would do so after every
-  micro-batch, and between slices that is the slowest thing a step does.
+def _over_micro_batches(gradient: Sums, parts: int) -> Sums:
+  """Returns the same function of a batch that goes through it in parts.
 
   Args:
-    gradient: of the summed loss: (params, fixed, micro-batch) -> sums.
-    params: what the gradient is taken of.
-    fixed: other arrays it reads, the same for all rows.
-    batch: [B, T].
+    gradient: of the summed loss.
     parts: how many micro-batches.
   """
   if parts == 1:
-    return gradient(params, fixed, batch)
+    return gradient
+
+  def scan(params: dict[str, Any], fixed: Any, batch: Batch) -> Any:
+    micro = micro_batches(batch, parts)
+
+    def body(total: Any, rows: Batch) -> tuple[Any, None]:
+      # Inside the scan a micro-batch would otherwise lie as the compiler likes,
+      # which may be all of it on every device.
+      rows = jax.tree.map(constrain_batch, rows)
+      sums = gradient(params, fixed, rows)
+      return jax.tree.map(jnp.add, total, sums), None
+
+    # The scan starts from zeros, so it has to know beforehand what a
+    # micro-batch gives: which metrics there are is up to the loss.
+    first = jax.tree.map(lambda x: x[0], micro)
+    shapes = jax.eval_shape(gradient, params, fixed, first)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zero, micro)
+    return total
+
+  return _by_copy_of_weights(scan)
+
+
+def _by_copy_of_weights(sums: Sums) -> Sums:
+  """Has each group of devices with all weights add up what its own rows give.
+
+  Where the rows are split over axes that weights are not split over, the
+  groups' sums are added once, at the end. The partitioner would do so after
+  every micro-batch, and between slices that is the slowest thing a step does.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   axes = () if mesh.empty else tuple(a for a in _COPIES if mesh.shape[a] > 1)
   if not axes:
-    return _scan(gradient, params, fixed, batch, parts)
+    return sums
 
   def own_rows(params: dict[str, Any], fixed: Any, batch: Batch) -> Any:
-    total = _scan(gradient, params, fixed, batch, parts)
+    total = sums(params, fixed, batch)
     return jax.tree.map(lambda x: jax.lax.psum(x, axes), total)
 
   return jax.shard_map(
@@ -129,33 +144,7 @@ def _accumulate(
     out_specs=PartitionSpec(),
     axis_names=set(axes),
     check_vma=False,
-  )(params, fixed, batch)
-
-
-def _scan(
-  gradient: Callable[..., Any],
-  params: dict[str, Any],
-  fixed: Any,
-  batch: Batch,
-  parts: int,
-) -> Any:
-  """Adds up over micro-batches of the rows at hand."""
-  micro = micro_batches(batch, parts)
-
-  def body(total: Any, rows: Batch) -> tuple[Any, None]:
-    # Inside the scan a micro-batch would otherwise lie as the compiler likes,
-    # which may be all of it on every device.
-    rows = jax.tree.map(constrain_batch, rows)
-    sums = gradient(params, fixed, rows)
-    return jax.tree.map(jnp.add, total, sums), None
-
-  # The scan starts from zeros, so it has to know beforehand what a micro-batch
-  # gives: which metrics there are is up to the loss.
-  first = jax.tree.map(lambda x: x[0], micro)
-  shapes = jax.eval_shape(gradient, params, fixed, first)
-  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  total, _ = jax.lax.scan(body, zero, micro)
-  return total
+  )
 
 
 def _update(

@@ -15,6 +15,7 @@ from oracles import runs
 from tiny_run import ROOT
 
 from oreo_jax.config import EvaluateConfig, save_config
+from oreo_jax.watch.judge import EXIT_LOST
 
 SCRIPT = ROOT / "launch" / "local_processes.py"
 _spec = importlib.util.spec_from_file_location("local_processes", SCRIPT)
@@ -187,7 +188,8 @@ def test_the_cause_is_not_the_process_that_another_has_left(tmp_path):
   # cleared that one away.
   script = (
     "import os, signal, time\n"
-    "if os.environ['JAX_PROCESS_ID'] == '0': raise SystemExit(76)\n"
+    "if os.environ['JAX_PROCESS_ID'] == '0': "
+    f"raise SystemExit({EXIT_LOST})\n"
     "time.sleep(1)\n"
     "os.kill(os.getpid(), signal.SIGKILL)\n"
   )
