@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -18,7 +19,13 @@ from oreo_jax.decode.prefix import (
   pad_prompts,
   read_prompts,
 )
-from oreo_jax.decode.sampling import ANCESTRAL, Sampler, draw
+from oreo_jax.decode.sampling import (
+  ANCESTRAL,
+  Sampler,
+  draw,
+  row_keys,
+  sampling_rows,
+)
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.stops import advance as read_stops
 from oreo_jax.hosts import to_host
@@ -62,8 +69,7 @@ def extend(
   Args:
     params: the policy.
     prefix: P rows.
-    key: of the draws; each step has its own stream, so a row's draws do not
-      depend on how long other rows are.
+    key: of the draws; each branch has its own stream.
     config: the policy's architecture.
     branches: continuations of each prefix.
     sampler: how tokens are drawn.
@@ -84,6 +90,9 @@ def extend(
   )
   last = jnp.take_along_axis(prefix.tokens, prefix.lengths[:, None] - 1, axis=1)
   empty = models.init_cache(config, rows, max_new_tokens)
+  row = jnp.arange(rows, dtype=jnp.int32)
+  keys = row_keys(key, row // branches, row % branches)
+  sampling = sampling_rows([sampler] * rows)
 
   def unfinished(carry: tuple) -> jax.Array:
     step, active = carry[:2]
@@ -101,7 +110,9 @@ def extend(
       slot=step,
     )
     logits = models.logits(params, out.hidden[:, 0], config)
-    token, logp = draw(jax.random.fold_in(key, step), logits, sampler)
+    penalized = sampler.repetition_penalty != 1
+    text = _text_so_far(prefix, grown, branches) if penalized else ()
+    token, logp = draw(keys, grown.lengths, logits, sampling, *text)
     ended = jnp.any(token[:, None] == eos[None], axis=1)
     stop_state, stopped = grown.stop_state, jnp.zeros_like(ended)
     if stops is not None:
@@ -136,6 +147,24 @@ def extend(
     start,
   )
   return jax.lax.while_loop(unfinished, add_token, carry)[3]
+
+
+def _text_so_far(
+  prefix: Prefix, grown: Branches, branches: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns all tokens of each branch, i32[R, S + M], and which are some."""
+
+  def inside(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return index[None] < lengths[:, None]
+
+  repeat = functools.partial(jnp.repeat, repeats=branches, axis=0)
+  before = inside(prefix.tokens, prefix.lengths)
+  after = inside(grown.tokens, grown.lengths)
+  return (
+    jnp.concatenate([repeat(prefix.tokens), grown.tokens], axis=1),
+    jnp.concatenate([repeat(before), after], axis=1),
+  )
 
 
 def _set_column(x: jax.Array, column: jax.Array, new: jax.Array) -> jax.Array:

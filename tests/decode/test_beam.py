@@ -40,9 +40,9 @@ STOPS = Stops(ENDS.astype(np.int8)[None])  # one state
 OPTIONS = {"stops": STOPS, "eos_ids": (EOS,), "beams": BEAMS, **LIMITS}
 
 
-def take_turns(key, logits, sampler):
+def take_turns(keys, positions, logits, sampling):
   """In place of `draw`: proposal j of a beam takes the j-th way of a fork."""
-  del key, sampler
+  del keys, positions, sampling
   order = jnp.argsort(-logits, axis=-1)
   ways = jnp.sum(logits > -10.0, axis=-1)
   way = (jnp.arange(logits.shape[0]) % BEAMS) % ways

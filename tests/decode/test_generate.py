@@ -12,7 +12,6 @@ from oreo_jax import models
 from oreo_jax.decode import (
   ANCESTRAL,
   GREEDY,
-  Sampler,
   generate,
   generate_all,
 )
@@ -253,9 +252,3 @@ def test_prompts_must_fit_and_must_not_be_empty(params):
     generate(
       params, [[1], [1, 2, 3]], KEY, tiny.MODEL, prompt_length=2, **options
     )
-
-
-def test_a_sampler_that_cannot_work_is_refused():
-  for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
-    with pytest.raises(ValueError, match="sampler"):
-      Sampler(**wrong)
