@@ -135,7 +135,13 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
       key,
       model,
       branches=settings.samples,
-      sampler=Sampler(settings.temperature, settings.top_k, settings.top_p),
+      sampler=Sampler(
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        settings.min_p,
+        settings.repetition_penalty,
+      ),
       eos_ids=(0,),  # any will do: which token ends an answer has no shape
       max_new_tokens=settings.max_new_tokens,
     )
@@ -193,7 +199,9 @@ def search_program(config: Config, mesh: Mesh) -> Program:
     max_step_tokens=min(settings.max_step_tokens, settings.max_new_tokens),
     max_new_tokens=settings.max_new_tokens,
     eos_ids=(0,),  # any will do, as in `decode_program`
-    sampler=Sampler(settings.temperature, top_p=settings.top_p),
+    sampler=Sampler(
+      settings.temperature, settings.top_k, settings.top_p, settings.min_p
+    ),
     score=by_value,
     granularity=config.train.granularity,
   )
