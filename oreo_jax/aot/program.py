@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from oreo_jax import data, memory, models, train
 from oreo_jax.config import Config, ModelConfig
 from oreo_jax.decode.beam import run_plan
-from oreo_jax.decode.generate import extend
-from oreo_jax.decode.prefix import read_prompts
-from oreo_jax.decode.sampling import Sampler
+from oreo_jax.decode.generate import run_batch
+from oreo_jax.decode.sampling import Sampler, sampling_rows
 from oreo_jax.decode.scores import by_value
 from oreo_jax.decode.step import Plan
 from oreo_jax.decode.stops import Stops
@@ -114,8 +113,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
   """Makes the sampling of `oreo collect`: prompts are read, answers grown.
 
   A prompt has the room that a row of training leaves beside a whole answer,
-  and every answer is as long as it may be. `decode.generate` runs the two
-  halves as two programs; here they are one.
+  and every answer is as long as it may be.
 
   Args:
     config: with its architecture and the size of its vocabulary.
@@ -126,31 +124,20 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
   count = max(settings.batch_size // settings.samples, 1)
   batch = _prompts(config, mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
-  key = jax.eval_shape(lambda: jax.random.key(0))
-
-  def sample(params: Any, tokens: Any, lengths: Any, key: Any) -> Any:
-    grown = extend(
-      params,
-      read_prompts(params, tokens, lengths, model),
-      key,
-      model,
-      branches=settings.samples,
-      sampler=Sampler(
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.min_p,
-        settings.repetition_penalty,
-      ),
-      eos_ids=(0,),  # any will do: which token ends an answer has no shape
-      max_new_tokens=settings.max_new_tokens,
-    )
-    # The cache of the answers is not asked for.
-    return grown.tokens, grown.lengths, grown.finished, grown.logps
+  rows = prompts * settings.samples
+  sampler = Sampler(settings.temperature, settings.top_k, settings.top_p)
 
   def lower() -> Any:
     with jax.set_mesh(mesh):
-      return jax.jit(sample).lower(policy, *batch, key)
+      return run_batch.lower(
+        policy,
+        *batch,
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)),
+        jax.eval_shape(lambda: sampling_rows([sampler] * rows)),
+        config=model,
+        eos_ids=(0,),  # any will do: which token ends an answer has no shape
+        max_new_tokens=settings.max_new_tokens,
+      )
 
   tokens = prompts * settings.samples * settings.max_new_tokens
   layers, head = _weights(policy, model)
@@ -183,6 +170,7 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   batch = _prompts(config, mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   key = jax.eval_shape(lambda: jax.random.key(0))
+  problems = jax.ShapeDtypeStruct((prompts,), jnp.int32)
   # Automata of the delimiters that a config can name have up to 4 states.
   table: Any = jax.ShapeDtypeStruct(
     (4, model.vocab_size), jnp.int8, sharding=replicated(mesh)
@@ -199,8 +187,9 @@ def search_program(config: Config, mesh: Mesh) -> Program:
     max_step_tokens=min(settings.max_step_tokens, settings.max_new_tokens),
     max_new_tokens=settings.max_new_tokens,
     eos_ids=(0,),  # any will do, as in `decode_program`
-    sampler=Sampler(
-      settings.temperature, settings.top_k, settings.top_p, settings.min_p
+    sampling=jax.tree.map(
+      np.squeeze,
+      sampling_rows([Sampler(settings.temperature, top_p=settings.top_p)]),
     ),
     score=by_value,
     granularity=config.train.granularity,
@@ -208,7 +197,7 @@ def search_program(config: Config, mesh: Mesh) -> Program:
 
   def lower() -> Any:
     with jax.set_mesh(mesh):
-      return run_plan.lower(plan, *batch)
+      return run_plan.lower(plan, *batch, problems)
 
   step_tokens = min(
     -(-settings.max_new_tokens // settings.max_steps), plan.max_step_tokens

@@ -16,7 +16,7 @@ from absl import logging
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.beam import Search, step_beam_search
 from oreo_jax.decode.generate import Generation, generate
-from oreo_jax.decode.prefix import Prompts
+from oreo_jax.decode.prompts import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.values import answer_values
 from oreo_jax.models import Params
@@ -155,7 +155,7 @@ def generate_all(
   Args:
     policy: what tokens are drawn from.
     prompts: token ids, ragged.
-    key: of the draws; a batch has its own stream.
+    key: of the draws; a prompt has its own stream.
     config: the policy's architecture.
     max_new_tokens: most tokens of an answer.
     eos_ids: tokens that end an answer.
@@ -173,13 +173,14 @@ def generate_all(
     return generate(
       policy,
       batch.prompts,
-      jax.random.fold_in(key, batch.number),
+      key,
       config,
       max_new_tokens=max_new_tokens,
       eos_ids=eos_ids,
       sampler=sampler,
       num_samples=num_samples,
       prompt_length=batch.room,
+      problems=batch.indices,
     )
 
   return over_batches(
@@ -210,7 +211,7 @@ def search_all(
     policy: proposes steps.
     critic: judges them.
     prompts: token ids, ragged.
-    key: of the draws; a batch has its own stream.
+    key: of the draws; a prompt has its own stream.
     config: the policy's architecture.
     beams: B.
     batch_size: candidates decoded together, B * B a prompt.
@@ -226,10 +227,11 @@ def search_all(
       policy,
       critic,
       batch.prompts,
-      jax.random.fold_in(key, batch.number),
+      key,
       config,
       beams=beams,
       prompt_length=batch.room,
+      problems=batch.indices,
       **options,
     )
 

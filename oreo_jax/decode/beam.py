@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.decode.generate import Generation
-from oreo_jax.decode.prefix import Prompts, pad_prompts
-from oreo_jax.decode.sampling import ANCESTRAL, Sampler
+from oreo_jax.decode.generate import Generation, to_generation
+from oreo_jax.decode.prompts import Prompts, pad_prompts
+from oreo_jax.decode.sampling import ANCESTRAL, Sampler, sampling_rows
 from oreo_jax.decode.scores import Score, by_value
 from oreo_jax.decode.step import (
   Beams,
@@ -62,6 +62,7 @@ def step_beam_search(
   granularity: str = "token",
   prompt_length: int | None = None,
   critic_config: ModelConfig | None = None,
+  problems: Sequence[int] | np.ndarray | None = None,
 ) -> Search:
   """Searches for the answer of highest score, step by step.
 
@@ -89,6 +90,8 @@ def step_beam_search(
     granularity: "token" or "step", what the critic was trained at.
     prompt_length: room for the prompt; fix it over calls to compile once.
     critic_config: architecture of the critic when it is another one.
+    problems: the number of each question, on which its draws depend, and on
+      no other question; 0, 1, ... by default.
 
   Returns:
     A Search with one answer a question.
@@ -107,6 +110,7 @@ def step_beam_search(
     critic=critic,
     stops=stops,
     key=key,
+    sampling=jax.tree.map(np.squeeze, sampling_rows([sampler])),
     config=config,
     critic_config=critic_config or config,
     beams=beams,
@@ -114,27 +118,22 @@ def step_beam_search(
     max_step_tokens=min(max_step_tokens, max_new_tokens),
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
-    sampler=sampler,
     score=score,
     granularity=granularity,
   )
-  winners, proposed = to_host(run_plan(plan, tokens, lengths))
-  place = lengths[:, None] + np.arange(max_new_tokens)[None]
-  inside = place < winners.lengths[:, None]
-  text = np.take_along_axis(winners.tokens, place, 1)
-  logps = np.take_along_axis(winners.logps, place, 1)
-  answers = Generation(
-    tokens=np.where(inside, text, 0),
-    lengths=winners.lengths - lengths,
-    finished=winners.finished,
-    logps=np.where(inside, logps, 0.0),
+  if problems is None:
+    problems = np.arange(len(lengths))
+  problems = np.asarray(problems, np.int32)
+  winners, proposed = to_host(run_plan(plan, tokens, lengths, problems))
+  answers = to_generation(
+    winners.tokens, winners.lengths, winners.finished, winners.logps
   )
   return Search(answers, winners.values, proposed, winners.scores)
 
 
 @jax.jit
 def run_plan(
-  plan: Plan, prompts: jax.Array, lengths: jax.Array
+  plan: Plan, prompts: jax.Array, lengths: jax.Array, problems: jax.Array
 ) -> tuple[Winners, jax.Array]:
   """Runs a search as one program, of which the outputs stay on the devices.
 
@@ -142,6 +141,7 @@ def run_plan(
     plan: of the search.
     prompts: i32[Q, W], padded behind.
     lengths: i32[Q], tokens of each prompt.
+    problems: i32[Q], the number of each question.
 
   Returns:
     The winners, and i32[Q], tokens the policy proposed.
@@ -153,15 +153,10 @@ def run_plan(
   end = jax.lax.while_loop(
     unfinished,
     functools.partial(advance, plan=plan),
-    start_beams(plan, prompts, lengths),
+    start_beams(plan, prompts, lengths, problems),
   )
   # The steps have run out: what is still in a beam competes, unfinished.
   winners = keep_best(
-    end.winners,
-    end.prefix,
-    values=end.values,
-    scores=end.scores,
-    leaving=end.active,
-    finished=jnp.zeros_like(end.active),
+    end, leaving=end.active, finished=jnp.zeros_like(end.active)
   )
   return winners, end.proposed

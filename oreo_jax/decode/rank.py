@@ -16,7 +16,7 @@ from oreo_jax.decode.batches import (
   values_all,
 )
 from oreo_jax.decode.generate import Generation
-from oreo_jax.decode.prefix import Prompts
+from oreo_jax.decode.prompts import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.values import (

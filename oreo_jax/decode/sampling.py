@@ -83,7 +83,9 @@ def sampling_rows(samplers: Sequence[Sampler]) -> Sampling:
 
 
 def row_keys(
-  key: jax.Array, problems: jax.Array, samples: jax.Array
+  key: jax.Array,
+  problems: jax.Array | np.ndarray,
+  samples: jax.Array | np.ndarray,
 ) -> jax.Array:
   """Returns the key of each row, which depends on nothing else in the batch.
 
@@ -99,7 +101,7 @@ def row_keys(
   def one(problem: jax.Array, sample: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, problem), sample)
 
-  return jax.vmap(one)(problems, samples)
+  return jax.vmap(one)(jnp.asarray(problems), jnp.asarray(samples))
 
 
 def draw(

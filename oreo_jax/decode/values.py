@@ -22,7 +22,7 @@ import numpy as np
 from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.generate import Generation
-from oreo_jax.decode.prefix import Prompts, pad_prompts
+from oreo_jax.decode.prompts import Prompts, pad_prompts
 from oreo_jax.decode.stops import Stops, step_ends
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Params

@@ -1,7 +1,7 @@
 """Decoder models as pure functions of nested dicts of arrays."""
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.models.decoder import Cache
+from oreo_jax.models.cache import Cache, Shared, init_cache
 from oreo_jax.models.functional import (
   Output,
   Params,
@@ -11,9 +11,9 @@ from oreo_jax.models.functional import (
   count_params,
   head_matrix,
   init,
-  init_cache,
   logical_axes,
   logits,
+  prefill,
   segment_positions,
   trunk,
   value_params,
@@ -36,6 +36,7 @@ __all__ = [
   "ModelConfig",
   "Output",
   "Params",
+  "Shared",
   "abstract_params",
   "add_adapters",
   "apply",
@@ -50,6 +51,7 @@ __all__ = [
   "logical_axes",
   "logits",
   "merge_adapters",
+  "prefill",
   "preset",
   "save_adapter",
   "save_hf",

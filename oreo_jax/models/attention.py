@@ -6,8 +6,9 @@ width, G = N/K queries that share a key.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -80,18 +81,6 @@ def packed_mask(
   return causal[None] & same
 
 
-def cache_mask(
-  positions: jax.Array, slots: int, *, sliding_window: int = 0
-) -> jax.Array:
-  """Returns bool[B, T, S]: slot s holds position s of the same sequence."""
-  key = jnp.arange(slots)[None, None, :]
-  query = positions[:, :, None]
-  mask = key <= query
-  if sliding_window:
-    mask &= query - key < sliding_window
-  return mask
-
-
 def attend(
   query: jax.Array,
   key: jax.Array,
@@ -137,83 +126,93 @@ def attend(
   return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def attend_branches(
+def attend_levels(
   query: jax.Array,
-  prefix: tuple[jax.Array, jax.Array],
-  prefix_mask: jax.Array,
-  local: tuple[jax.Array, jax.Array],
-  local_mask: jax.Array,
+  levels: Sequence[tuple[jax.Array, jax.Array]],
+  masks: Sequence[jax.Array],
   *,
   scale: float,
 ) -> jax.Array:
-  """Attention of branches that share a prefix; each key is read once.
+  """Attention of rows whose text lies in levels; each key is read once.
 
-  R = P * branches rows of queries look at the P prefixes they grew from and at
-  their own M tokens. The scores of both lie side by side under one softmax, so
-  the result is what `attend` gives on a prefix copied to each of its branches,
-  without the copies: what bounds decoding is the bytes of keys that are read.
+  R rows of queries look at levels of P texts each, where P divides R and the
+  R / P rows that share a text stand side by side. All levels are under one
+  softmax, so the result is what `attend` gives on the levels copied to each row
+  and joined, without the copies: what bounds decoding is the bytes of keys that
+  are read.
 
   Args:
-    query: [R, T, N, H], the branches of a prefix side by side.
-    prefix: keys and values [P, S, K, H].
-    prefix_mask: bool[R, T, S], True where a query may look.
-    local: keys and values [R, M, K, H].
-    local_mask: bool[T, M].
+    query: [R, T, N, H].
+    levels: keys and values [P, K, S, H] of each level.
+    masks: bool[R, T, S] of each level, True where a query may look. A row needs
+      at least one such place.
     scale: multiplies the scores.
 
   Returns:
     [R, T, N, H] in the dtype of `query`.
   """
   rows, length, heads, width = query.shape
-  prefixes, slots, kv_heads, _ = prefix[0].shape
-  group, branches = heads // kv_heads, rows // prefixes
+  kv_heads = levels[0][0].shape[1]
+  group = heads // kv_heads
   count = group * length
-  # [R, K, G * T, H]: all queries of a branch that share a key head are rows of
-  # one matrix, as in `attend`. C stands for G * T below.
+  # [R, K, G * T, H]: all queries of a row that share a key head are rows of one
+  # matrix, as in `attend`. C stands for G * T below.
   query = query.reshape(rows, length, kv_heads, group, width)
   query = query.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, count, width)
 
-  def beside(x: jax.Array) -> jax.Array:
-    """[R, K, C, X] -> [P, K, branches * C, X]: one matrix for each prefix."""
-    x = x.reshape(prefixes, branches, kv_heads, count, -1)
+  def beside(x: jax.Array, texts: int) -> jax.Array:
+    """[R, K, C, X] -> [P, K, R / P * C, X]: one matrix for each text."""
+    if texts == rows:
+      return x
+    x = x.reshape(texts, rows // texts, kv_heads, count, -1)
     return x.transpose(0, 2, 1, 3, 4).reshape(
-      prefixes, kv_heads, branches * count, -1
+      texts, kv_heads, rows // texts * count, -1
     )
 
-  def apart(x: jax.Array) -> jax.Array:
-    """The inverse of `beside`: [P, K, branches * C, X] -> [R, K, C, X]."""
-    x = x.reshape(prefixes, kv_heads, branches, count, -1)
+  def apart(x: jax.Array, texts: int) -> jax.Array:
+    """The inverse of `beside`: [P, K, R / P * C, X] -> [R, K, C, X]."""
+    if texts == rows:
+      return x
+    x = x.reshape(texts, kv_heads, rows // texts, count, -1)
     return x.transpose(0, 2, 1, 3, 4).reshape(rows, kv_heads, count, -1)
 
-  # The prefix sees the queries of all its branches as rows of one product; a
-  # branch's own tokens are a product of each branch alone.
-  old = jnp.einsum(
-    "pkrh,pskh->pkrs",
-    beside(query),
-    prefix[0],
-    preferred_element_type=jnp.float32,
+  def scores_of(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    texts = keys.shape[0]
+    scores = jnp.einsum(
+      "pkrh,pksh->pkrs",
+      beside(query, texts),
+      keys,
+      preferred_element_type=jnp.float32,
+    )
+    scores = apart(scores, texts).reshape(rows, kv_heads, group, length, -1)
+    scores = jnp.where(mask[:, None, None], scores * scale, -1e30)
+    return scores.reshape(rows, kv_heads, count, -1)
+
+  # The softmax goes over all levels without joining their scores: one maximum
+  # and one sum for all.
+  scores = [
+    scores_of(keys, mask) for (keys, _), mask in zip(levels, masks, strict=True)
+  ]
+  highest = functools.reduce(
+    jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores]
   )
-  new = jnp.einsum(
-    "rkch,rmkh->rkcm", query, local[0], preferred_element_type=jnp.float32
+  weights = [jnp.exp(x - highest) for x in scores]
+  total = functools.reduce(
+    jnp.add, [jnp.sum(x, axis=-1, keepdims=True) for x in weights]
   )
-  shape = (rows, kv_heads, group, length, -1)
-  scores = jnp.concatenate(
+
+  def mixed_of(weights: jax.Array, values: jax.Array) -> jax.Array:
+    texts = values.shape[0]
+    weights = (weights / total).astype(values.dtype)
+    mixed = jnp.einsum("pkrs,pksh->pkrh", beside(weights, texts), values)
+    return apart(mixed, texts)
+
+  mixed = functools.reduce(
+    jnp.add,
     [
-      jnp.where(
-        prefix_mask[:, None, None], apart(old).reshape(shape) * scale, -1e30
-      ),
-      jnp.where(
-        local_mask[None, None, None], new.reshape(shape) * scale, -1e30
-      ),
+      mixed_of(x, values)
+      for x, (_, values) in zip(weights, levels, strict=True)
     ],
-    axis=-1,
   )
-  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-  weights = weights.reshape(rows, kv_heads, count, -1)
-  # The weights come apart where the scores were joined: the first S belong to
-  # the prefix, the last M to the branch.
-  mixed = apart(
-    jnp.einsum("pkrs,pskh->pkrh", beside(weights[..., :slots]), prefix[1])
-  ) + jnp.einsum("rkcm,rmkh->rkch", weights[..., slots:], local[1])
   mixed = mixed.reshape(rows, kv_heads, group, length, width)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)

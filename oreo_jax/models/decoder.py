@@ -9,7 +9,7 @@ One block serves every family: bias on q/k/v (Qwen2), RMSNorm on q and k
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from oreo_jax import memory
 from oreo_jax.config import ModelConfig
-from oreo_jax.models import attention
+from oreo_jax.models import attention, cache
 from oreo_jax.models.attention import Attend
+from oreo_jax.models.cache import Cache, Shared
 from oreo_jax.models.embedding import embed
 from oreo_jax.models.lora import Axes, Linear, with_leading
 from oreo_jax.models.packed_attention import attend_packed
@@ -31,17 +32,6 @@ Rotary = tuple[jax.Array, jax.Array]
 
 # Names the queries, keys and values for `_REMAT_POLICIES`.
 _PROJECTED = "projected"
-
-
-class Cache(NamedTuple):
-  """Keys and values of every layer: [L, B, S, K, H].
-
-  Slot s of a row holds the token at position s of that row, so rows of
-  different lengths share one array and need no mask of their own.
-  """
-
-  keys: jax.Array
-  values: jax.Array
 
 
 class Norm(nnx.Module):
@@ -136,30 +126,6 @@ class Block(nnx.Module):
     y = self.mlp_norm(x)
     y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
     return constrain_batch(x + y * c.residual_scale)
-
-
-def _put(
-  cache: jax.Array,
-  new: jax.Array,
-  index: jax.Array,
-  slot: jax.Array | int,
-) -> jax.Array:
-  """Writes [R, T, K, H] into a layer's slots from `slot` on."""
-  start = [jnp.asarray(i, jnp.int32) for i in (index, 0, slot, 0, 0)]
-  return jax.lax.dynamic_update_slice(
-    cache, new.astype(cache.dtype)[None], start
-  )
-
-
-def _layer_of(
-  cache: Cache, index: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-  """Returns one layer's keys and values, cast for computing."""
-  keys, values = (
-    jax.lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype)
-    for x in cache
-  )
-  return keys, values
 
 
 _REMAT_POLICIES = {
@@ -288,156 +254,148 @@ class Decoder(nnx.Module):
     x, _ = jax.lax.scan(layer, x, stacked, unroll=c.unroll)
     return x
 
-  def read(
-    self, tokens: jax.Array, positions: jax.Array, cache: Cache
+  def prefill(
+    self, tokens: jax.Array, lengths: jax.Array
   ) -> tuple[jax.Array, Cache]:
-    """Writes tokens into a cache at their positions.
+    """Reads rows from their start; see `functional.prefill`.
 
-    Negative positions are padding. Returns the hidden states and the cache.
+    Returns the hidden states and a cache of as many slots as there are tokens.
     """
-    c = self.config
-    slots = cache.keys.shape[2]
-    mask = attention.cache_mask(
-      positions, slots, sliding_window=c.sliding_window
-    )
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    # Padding goes to a slot that does not exist, where `mode="drop"` ignores
-    # it: an index of -1 would mean the last slot.
-    target = jnp.where(positions < 0, slots, positions)
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    inside = (index < lengths[:, None]).astype(jnp.int32)
+    packed = attend_packed(self.config, inside)
 
     def attend(
-      cache: Cache,
-      index: jax.Array,
-      unused_frozen: None,
+      unused_carry: None,
+      unused_layer: jax.Array,
+      unused_shared: None,
       query: jax.Array,
       key: jax.Array,
       value: jax.Array,
       scale: float,
-    ) -> tuple[jax.Array, Cache]:
-      cache = Cache(
-        *(
-          x.at[index, rows, target].set(new.astype(x.dtype), mode="drop")
-          for x, new in zip(cache, (key, value), strict=True)
-        )
-      )
-      keys, values = _layer_of(cache, index, query.dtype)
-      return attention.attend(query, keys, values, mask, scale=scale), cache
+    ) -> tuple[jax.Array, None, Cache]:
+      mixed = packed(query, key, value, scale)
+      new = Cache(*(jnp.swapaxes(x, 1, 2) for x in (key, value)))
+      return mixed, None, new
 
-    return self._run_cached(tokens, positions, attend, cache)
+    positions = jnp.broadcast_to(index, tokens.shape)
+    hidden, _, cache = self._run_cached(tokens, positions, attend, None)
+    return hidden, cache
 
   def branch(
     self,
     tokens: jax.Array,
-    prefix: Cache,
-    lengths: jax.Array,
+    shared: tuple[Shared, ...],
     local: Cache,
-    slot: jax.Array | int,
+    slot: jax.Array,
+    counts: jax.Array,
   ) -> tuple[jax.Array, Cache]:
-    """Continues branches of shared prefixes; see `functional.apply_branches`.
+    """Continues branches of shared texts; see `functional.apply_branches`.
 
-    Returns the hidden states and the new local cache; the prefix is only read.
+    Returns the hidden states and the new local cache; the rest is only read.
     """
-    c = self.config
-    rows, length = tokens.shape
-    branches = rows // lengths.shape[0]
-    offsets = slot + jnp.arange(length, dtype=jnp.int32)
-    # A branch goes on where its prefix ends, so the position of its token m is
-    # lengths + m. Every branch has the same m, and needs one local mask only.
-    lengths = jnp.repeat(lengths, branches)[:, None]
-    positions = lengths + offsets[None]
-    key = jnp.arange(prefix.keys.shape[2])[None, None]
-    prefix_mask = jnp.broadcast_to(
-      key < lengths[..., None], (rows, length, key.size)
+    positions, masks = cache.branch_layout(
+      shared,
+      local.keys.shape[3],
+      slot=slot,
+      counts=counts,
+      length=tokens.shape[1],
+      sliding_window=self.config.sliding_window,
     )
-    local_key = jnp.arange(local.keys.shape[2])[None]
-    local_mask = local_key <= offsets[:, None]
-    if c.sliding_window:
-      prefix_mask &= positions[..., None] - key < c.sliding_window
-      local_mask &= offsets[:, None] - local_key < c.sliding_window
 
     def attend(
       local: Cache,
-      index: jax.Array,
-      frozen: Cache,
+      layer: jax.Array,
+      levels: tuple[Cache, ...],
       query: jax.Array,
       key: jax.Array,
       value: jax.Array,
       scale: float,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[jax.Array, Cache, None]:
       local = Cache(
         *(
-          _put(x, new, index, slot)
+          cache.put(x, new, layer, slot)
           for x, new in zip(local, (key, value), strict=True)
         )
       )
-      mixed = attention.attend_branches(
+      mixed = attention.attend_levels(
         query,
-        (frozen.keys.astype(query.dtype), frozen.values.astype(query.dtype)),
-        prefix_mask,
-        _layer_of(local, index, query.dtype),
-        local_mask,
+        [
+          *(
+            (level.keys.astype(query.dtype), level.values.astype(query.dtype))
+            for level in levels
+          ),
+          cache.layer_of(local, layer, query.dtype),
+        ],
+        masks,
         scale=scale,
       )
-      return mixed, local
+      return mixed, local, None
 
-    return self._run_cached(tokens, positions, attend, local, prefix)
+    levels = tuple(level.cache for level in shared)
+    hidden, local, _ = self._run_cached(
+      tokens, positions, attend, local, levels
+    )
+    return hidden, local
 
   def _run_cached(
     self,
     tokens: jax.Array,
     positions: jax.Array,
-    attend: Callable[..., tuple[jax.Array, Cache]],
-    cache: Cache,
-    frozen: Cache | None = None,
-  ) -> tuple[jax.Array, Cache]:
-    """Runs the layers over a cache.
+    attend: Callable[..., tuple[jax.Array, Any, Any]],
+    carry: Any,
+    shared: Any = None,
+  ) -> tuple[jax.Array, Any, Any]:
+    """Runs the layers over caches.
 
-    The cache is carried, not scanned over: the loop then updates it in place
-    instead of stacking a new one. What is only read (`frozen`) is scanned.
+    A cache that is written is carried, not scanned over: the loop then updates
+    it in place instead of stacking a new one. What is only read (`shared`) is
+    scanned, and so is what each layer makes anew.
 
     Args:
       tokens: i32[B, T].
       positions: i32[B, T].
-      attend: (cache, layer's index, layer's slice of `frozen`, and what an
-        `Attend` takes) -> (mixed values, the cache with the new keys).
-      cache: is written to.
-      frozen: is only read.
+      attend: (carry, layer's index, layer's slice of `shared`, and what an
+        `Attend` takes) -> (mixed values, the carry, what the layer made).
+      carry: a tree of arrays that every layer may write.
+      shared: a tree of arrays with a leading layer dimension.
 
     Returns:
-      The hidden states [B, T, D] and the cache.
+      The hidden states [B, T, D], the carry, and what the layers made, stacked.
     """
     graph, stacked = nnx.split(self.layers)
     rotary = self._rotary(positions)
 
     def layer(
-      carry: tuple[jax.Array, Cache],
-      inputs: tuple[nnx.State, jax.Array, Cache | None],
-    ) -> tuple[tuple[jax.Array, Cache], None]:
-      x, cache = carry
-      params, index, layer_frozen = inputs
+      carry: tuple[jax.Array, Any],
+      inputs: tuple[nnx.State, jax.Array, Any],
+    ) -> tuple[tuple[jax.Array, Any], Any]:
+      x, written = carry
+      params, index, layer_shared = inputs
+      made = None
 
-      # A block hands on the mixed values alone, so the new cache leaves it by
-      # this side door; the block calls it once.
+      # A block hands on the mixed values alone, so what else there is leaves it
+      # by this side door; the block calls it once.
       def attend_and_write(
         query: jax.Array, key: jax.Array, value: jax.Array, scale: float
       ) -> jax.Array:
-        nonlocal cache
-        mixed, cache = attend(
-          cache, index, layer_frozen, query, key, value, scale
+        nonlocal written, made
+        mixed, written, made = attend(
+          written, index, layer_shared, query, key, value, scale
         )
         return mixed
 
       x = nnx.merge(graph, params)(x, rotary, attend_and_write)
-      return (x, cache), None
+      return (x, written), made
 
     index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-    (x, cache), _ = jax.lax.scan(
+    (x, carry), made = jax.lax.scan(
       layer,
-      (self._embed(tokens), cache),
-      (stacked, index, frozen),
+      (self._embed(tokens), carry),
+      (stacked, index, shared),
       unroll=self.config.unroll,
     )
-    return self.final_norm(x), cache
+    return self.final_norm(x), carry, made
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     c = self.config

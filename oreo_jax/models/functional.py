@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.models.decoder import Cache, Decoder
+from oreo_jax.models.cache import Cache, Shared
+from oreo_jax.models.decoder import Decoder
 
 Params = dict[str, Any]
 
@@ -28,7 +29,7 @@ class Output(NamedTuple):
   """What `apply` returns."""
 
   hidden: jax.Array  # [B, T, D] after the final norm
-  cache: Cache | None  # the updated cache, when one was given
+  cache: Cache | None  # of `prefill` and `apply_branches`
 
 
 def init(key: jax.Array, config: ModelConfig, *, head: str = "lm") -> Params:
@@ -52,16 +53,12 @@ def apply(
   *,
   positions: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
-  cache: Cache | None = None,
   start: jax.Array | None = None,
   start_layer: int = 0,
 ) -> Output:
-  """Runs the layers and returns hidden states.
+  """Runs the layers over packed rows and returns hidden states.
 
-  Two modes. Without a cache: packed training rows; attention is causal within
-  a segment. With a cache: the tokens are written at their positions (those
-  with a negative position are padding and are not written) and look at every
-  earlier slot of their row.
+  Attention is causal within a segment.
 
   Args:
     params: as `init` returns them.
@@ -73,19 +70,17 @@ def apply(
       sequence a row by default. Not read in cache mode.
     cache: of `init_cache`.
     start: [B, T, D], what `trunk` said of the same rows; only the layers above
-      it are run. Not in cache mode.
+      it are run.
     start_layer: how many layers that trunk has.
 
   Returns:
-    Output(hidden [B, T, D], cache).
+    Output(hidden [B, T, D], None).
 
   Raises:
     ValueError: when shapes do not agree.
   """
   positions, segment_ids = _layout(tokens, positions, segment_ids)
   module = _module(params, config)
-  if cache is not None:
-    return Output(*module.read(tokens, positions, cache))
   if start is None:
     return Output(module(tokens, positions, segment_ids), None)
   if start.shape != (*tokens.shape, config.embed_dim):
@@ -157,36 +152,61 @@ def _check_depth(name: str, depth: int, config: ModelConfig) -> None:
     )
 
 
+def prefill(
+  params: Params, tokens: jax.Array, config: ModelConfig, *, lengths: jax.Array
+) -> Output:
+  """Reads texts from their start, and keeps their keys and values.
+
+  Args:
+    params: as `init` returns them.
+    tokens: i32[B, T], left-aligned.
+    config: the architecture.
+    lengths: i32[B], tokens of each row; what is behind them is padding, and
+      what the cache holds of it is rubbish.
+
+  Returns:
+    Output(hidden [B, T, D], a cache [L, B, K, T, H]).
+  """
+  return Output(*_module(params, config).prefill(tokens, lengths))
+
+
 def apply_branches(
   params: Params,
   tokens: jax.Array,
   config: ModelConfig,
   *,
-  prefix: Cache,
-  prefix_lengths: jax.Array,
+  shared: tuple[Shared, ...],
   local: Cache,
   slot: jax.Array | int,
+  counts: jax.Array | None = None,
 ) -> Output:
-  """Continues several branches of each of P shared prefixes.
+  """Continues R rows of which several share their older text.
 
-  The prefix is read where it lies, once for all its branches, and never
-  copied; a branch keeps its own tokens in a small cache.
+  Shared text is read where it lies, once for all its rows, and never copied; a
+  row keeps its own tokens in a small cache. See `models.cache` for the levels
+  and for the ring.
 
   Args:
     params: as `init` returns them.
-    tokens: i32[R, T], R a multiple of P, the branches of a prefix side by side.
+    tokens: i32[R, T], rows that share a text side by side.
     config: the architecture.
-    prefix: of `init_cache(config, P, S)`.
-    prefix_lengths: i32[P], tokens of each prefix.
-    local: of `init_cache(config, R, M)`; slots before `slot` hold the tokens of
-      the branch so far.
-    slot: i32[], where `tokens` go in `local`; the same for all branches.
+    shared: levels of the older text, the oldest first; the number of texts of
+      each divides R.
+    local: of `init_cache(config, R, M)`, where T is at most M.
+    slot: i32[], where `tokens` go in `local`, the same for all rows; T slots
+      from there on must be inside it.
+    counts: i32[R], how many tokens each row has in `local`, in the slots before
+      `slot` and, behind slot 0, at its end; at most M - T. By default `slot`
+      for all: rows that started together at slot 0.
 
   Returns:
     Output(hidden [R, T, D], the updated local cache).
   """
+  slot = jnp.asarray(slot, jnp.int32)
+  if counts is None:
+    counts = jnp.broadcast_to(slot, tokens.shape[:1])
   module = _module(params, config)
-  return Output(*module.branch(tokens, prefix, prefix_lengths, local, slot))
+  return Output(*module.branch(tokens, shared, local, slot, counts))
 
 
 def _module(params: Params, config: ModelConfig) -> Decoder:
@@ -242,21 +262,6 @@ def value_params(params: Params, config: ModelConfig) -> Params:
   copied = jax.tree.map(jnp.copy, trunk)
   head = jnp.zeros((config.embed_dim, 1), jnp.float32)
   return {**copied, "value_head": head}
-
-
-def init_cache(
-  config: ModelConfig, batch: int, slots: int, dtype: str | None = None
-) -> Cache:
-  """Returns an empty cache for `batch` rows of at most `slots` tokens."""
-  shape = (
-    config.num_layers,
-    batch,
-    slots,
-    config.num_kv_heads,
-    config.head_dim,
-  )
-  empty = jnp.zeros(shape, dtype or config.dtype)
-  return Cache(empty, jnp.copy(empty))
 
 
 def abstract_params(config: ModelConfig, *, head: str = "lm") -> Params:

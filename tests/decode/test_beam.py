@@ -26,6 +26,7 @@ from oreo_jax.decode import (
   search_all,
   step_beam_search,
 )
+from oreo_jax.decode.sampling import sampling_rows
 from oreo_jax.decode.step import Plan, advance, start_beams
 
 KEY = jax.random.key(5)
@@ -40,9 +41,9 @@ STOPS = Stops(ENDS.astype(np.int8)[None])  # one state
 OPTIONS = {"stops": STOPS, "eos_ids": (EOS,), "beams": BEAMS, **LIMITS}
 
 
-def take_turns(keys, positions, logits, sampling):
+def take_turns(keys, positions, logits, sampling, tokens, inside):
   """In place of `draw`: proposal j of a beam takes the j-th way of a fork."""
-  del keys, positions, sampling
+  del keys, positions, sampling, tokens, inside
   order = jnp.argsort(-logits, axis=-1)
   ways = jnp.sum(logits > -10.0, axis=-1)
   way = (jnp.arange(logits.shape[0]) % BEAMS) % ways
@@ -54,7 +55,7 @@ def take_turns(keys, positions, logits, sampling):
 @pytest.fixture(scope="module")
 def deterministic():
   """The search with `take_turns` compiled in."""
-  module = importlib.import_module("oreo_jax.decode.generate")
+  module = importlib.import_module("oreo_jax.decode.grow")
   search = importlib.import_module("oreo_jax.decode.beam")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(module, "draw", take_turns)
@@ -303,20 +304,22 @@ def test_advance_is_one_step_of_the_search(fork):
     critic_config=CONFIG,
     beams=BEAMS,
     eos_ids=(EOS,),
-    sampler=ANCESTRAL,
+    sampling=jax.tree.map(np.squeeze, sampling_rows([ANCESTRAL])),
     score=by_value,
     granularity="token",
     **LIMITS,
   )
   tokens = jnp.asarray([[9]] * 6, jnp.int32)
-  state = start_beams(plan, tokens, jnp.ones(6, jnp.int32))
+  state = start_beams(
+    plan, tokens, jnp.ones(6, jnp.int32), jnp.arange(6, dtype=jnp.int32)
+  )
   assert state.active.all()
   texts = []
   for _ in range(3):
     state = jax.jit(advance)(state, plan)
-    texts.append(state.prefix.tokens[0, : state.prefix.lengths[0]].tolist())
+    texts.append(state.tokens[0, : state.lengths[0]].tolist())
   # The better of the two steps leads, its end follows, and then it has left.
-  assert texts[:2] == [[9, 11, 2], [9, 11, 2, 14, EOS]]
+  assert texts[:2] == [[11, 2], [11, 2, 14, EOS]]
   assert not state.active.any() and state.step == 3
   out = step_beam_search(policy, critic, tokens, KEY, CONFIG, **OPTIONS)
   np.testing.assert_array_equal(out.values, state.winners.values)

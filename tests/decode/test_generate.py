@@ -169,8 +169,7 @@ def test_stops_at_the_end_of_sequence_or_at_the_limit(circle):
 
 
 def test_loop_is_traced_once_for_one_shape(circle, monkeypatch):
-  # The function hides the module of its name in the package.
-  module = importlib.import_module("oreo_jax.decode.generate")
+  module = importlib.import_module("oreo_jax.decode.grow")
   traces = []
 
   def counted(*args):

@@ -11,13 +11,16 @@ from oracles import decoder as oracle
 
 from oreo_jax.config import MeshConfig, ModelConfig
 from oreo_jax.models import (
+  Shared,
   abstract_params,
   apply,
+  apply_branches,
   count_params,
   init,
   init_cache,
   logical_axes,
   logits,
+  prefill,
   segment_positions,
   value_params,
   values,
@@ -161,55 +164,83 @@ def test_positions_restart_in_every_segment():
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_cached_steps_equal_the_full_forward(window):
+def test_prefill_equals_the_full_forward(window):
   config = dataclasses.replace(TINY, sliding_window=window)
   params = make(config)
-  sequences = rows(11, 8, 12)
-  prompts = (3, 1, 6)
-  slots, longest = 12, max(prompts)
-  tokens = np.zeros((3, longest), np.int32)
-  positions = np.full((3, longest), -1, np.int32)
-  for row, (sequence, n) in enumerate(zip(sequences, prompts, strict=True)):
-    tokens[row, :n] = sequence[:n]
-    positions[row, :n] = np.arange(n)
-
-  def step(tokens, positions, cache):
-    return run(params, tokens, config, positions=positions, cache=cache)
-
-  # What an earlier use of the buffer left behind must not show.
-  cache = jax.tree.map(lambda x: x + 7.0, init_cache(config, 3, slots))
-  out = step(jnp.asarray(tokens), jnp.asarray(positions), cache)
-  got = [list(out.hidden[row, :n]) for row, n in enumerate(prompts)]
-  for offset in range(7):
-    at = [n + offset for n in prompts]
-    live = [p < len(s) for p, s in zip(at, sequences, strict=True)]
-    tokens = np.array(
-      [s[p] if k else 0 for s, p, k in zip(sequences, at, live, strict=True)]
-    )
-    positions = np.where(live, at, -1)
-    out = step(
-      jnp.asarray(tokens, jnp.int32)[:, None],
-      jnp.asarray(positions, jnp.int32)[:, None],
-      out.cache,
-    )
-    for row in range(3):
-      if live[row]:
-        got[row].append(out.hidden[row, 0])
+  sequences = rows(7, 2, 5)
+  tokens = np.full((3, 7), 9, np.int32)
+  lengths = np.array([len(s) for s in sequences])
   for row, sequence in enumerate(sequences):
-    whole = run(params, jnp.asarray(sequence)[None], config).hidden[0]
-    done = len(got[row])
-    np.testing.assert_allclose(np.stack(got[row]), whole[:done], atol=5e-6)
-
-
-def test_padding_in_cache_mode_writes_nothing():
-  params = make(TINY)
-  cache = init_cache(TINY, 1, 4)
-  tokens = jnp.asarray([[5, 9]])
-  out = run(
-    params, tokens, TINY, positions=jnp.asarray([[-1, -1]]), cache=cache
+    tokens[row, : len(sequence)] = sequence
+  out = jax.jit(prefill, static_argnames="config")(
+    params, tokens, config, lengths=lengths
   )
-  jax.tree.map(np.testing.assert_array_equal, out.cache, cache)
-  assert bool(jnp.isfinite(out.hidden).all())
+  assert out.cache.keys.shape == (2, 3, TINY.num_kv_heads, 7, TINY.head_dim)
+  for row, sequence in enumerate(sequences):
+    alone = run(params, jnp.asarray(sequence)[None], config).hidden[0]
+    got = out.hidden[row, : len(sequence)]
+    np.testing.assert_allclose(got, alone, atol=5e-6)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_branches_equal_the_full_forward(window):
+  # Two prompts are shared by three rows each, and each row has a text of its
+  # own behind that. Then come the tokens in the ring of 4 slots, in which rows
+  # begin at different steps, and begin again with other tokens 4 steps later.
+  config = dataclasses.replace(TINY, sliding_window=window)
+  params = make(config)
+  room, slots = 6, 4
+  begins = np.array([0, 1, 3, 2, 0, 1])
+  prompts = rows(5, 2)
+  own = rows(0, 3, 1, 2, 1, 0)
+  new = [rows(*[slots] * 6, seed=seed) for seed in (1, 2)]
+  branch = jax.jit(apply_branches, static_argnames="config")
+
+  padded = np.full((2, 5), 9, np.int32)
+  for row, prompt in enumerate(prompts):
+    padded[row, : len(prompt)] = prompt
+  lengths = jnp.array([5, 2])
+  cache = prefill(params, padded, config, lengths=lengths).cache
+  shared = Shared(cache, lengths)
+  chunk = np.full((6, room), 9, np.int32)
+  for row, text in enumerate(own):
+    chunk[row, : len(text)] = text
+  counts = jnp.array([len(text) for text in own])
+  # What an earlier use of the buffers left behind must not show.
+  cache = jax.tree.map(lambda x: x - 3.0, init_cache(config, 6, room))
+  read = branch(params, chunk, config, shared=(shared,), local=cache, slot=0)
+  levels = (shared, Shared(read.cache, counts))
+
+  got = [[[], []] for _ in begins]
+  cache = jax.tree.map(lambda x: x + 7.0, init_cache(config, 6, slots))
+  for step in range(11):
+    time, at = np.divmod(step - begins, slots)
+    live = (step >= begins) & (time < 2)
+    fed = [new[time[row]][row][at[row]] if live[row] else 9 for row in range(6)]
+    out = branch(
+      params,
+      jnp.asarray(fed, jnp.int32)[:, None],
+      config,
+      shared=levels,
+      local=cache,
+      slot=step % slots,
+      counts=jnp.asarray(np.where(live, at, 0)),
+    )
+    cache = out.cache
+    for row in np.flatnonzero(live):
+      got[row][time[row]].append(out.hidden[row, 0])
+  for row, (first, again) in enumerate(got):
+    prompt = prompts[row // 3]
+    for tokens, hidden in ((new[0], first), (new[1], again)):
+      text = np.concatenate([prompt, own[row], tokens[row]])
+      alone = run(params, jnp.asarray(text)[None], config).hidden[0]
+      begin = len(prompt)
+      np.testing.assert_allclose(
+        read.hidden[row, : len(own[row])],
+        alone[begin : begin + len(own[row])],
+        atol=5e-6,
+      )
+      np.testing.assert_allclose(np.stack(hidden), alone[-slots:], atol=5e-6)
 
 
 def assert_near(got, want):
