@@ -178,8 +178,10 @@ def penalize(
     # A token that occurred twice is written twice, with the same logit. What
     # did not occur is sent to the column V, and dropped there.
     place = jnp.where(inside, tokens, logits.shape[1])
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[rows, place].set(new, mode="drop")
+    # Row by row, so that the rows may lie on several devices.
+    return jax.vmap(lambda row, at, x: row.at[at].set(x, mode="drop"))(
+      logits, place, new
+    )
 
   return jax.lax.cond(jnp.any(penalty != 1), apply, lambda: logits)
 

@@ -1,13 +1,15 @@
 """Draws and filters against a NumPy oracle, and rows against themselves."""
 
 import os
+import re
 
 import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import chain
+from jax.sharding import NamedSharding, PartitionSpec
+from oracles import chain, tiny
 
 from oreo_jax.decode import GREEDY, Sampler, generate
 from oreo_jax.decode.sampling import (
@@ -167,6 +169,28 @@ def test_a_row_depends_on_nothing_else_in_its_batch():
     check_rows(run(*take(arguments, index)), batch, index)
     index = slice(row, row + 2)
     check_rows(run(*take(arguments, index)), batch, index)
+
+
+def test_rows_and_vocabulary_may_lie_on_several_devices():
+  arguments = mixed_batch(64)
+  want = jax.jit(draw)(*arguments)
+  mesh = tiny.mesh(data=2, tensor=4)
+
+  def place(x, *axes):
+    axes = axes or ("data", *[None] * (x.ndim - 1))
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  keys, positions, logits, *rest = arguments
+  placed = (keys, positions, place(logits, "data", "tensor"))
+  compiled = jax.jit(draw).lower(*placed, *jax.tree.map(place, rest)).compile()
+  got = compiled(*placed, *jax.tree.map(place, rest))
+  # To the bit: even sums over devices are in the order that is written down.
+  check_rows(got, want, slice(None))
+  # No logits cross devices: what does is narrower than a device's share.
+  kinds = "|".join(["all-gather", "all-reduce", "all-to-all"])
+  shapes = re.findall(rf"= (.*) (?:{kinds})\(", compiled.as_text())
+  widths = re.findall(r"\[\d+,(\d+)", " ".join(shapes))
+  assert shapes and max(map(int, widths)) < 16
 
 
 def test_draws_are_those_of_jax_with_the_key_of_row_and_position():
