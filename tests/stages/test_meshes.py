@@ -103,6 +103,7 @@ import dataclasses
 import json
 
 from oreo_jax.config import MeshConfig, from_dict
+from oreo_jax.sharding import AXES
 from oreo_jax.stages import STAGES, Workspace
 
 jax.config.update("jax_disable_most_optimizations", True)
