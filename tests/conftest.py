@@ -5,8 +5,13 @@ import pathlib
 
 # Read once, when the backend starts: set before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's older code generator for fusions computes the same and compiles a step
+# in half the time. A release of XLA without it says that the flag is unknown:
+# take the flag away then.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+  + " --xla_cpu_use_fusion_emitters=false"
 )
 
 import jax

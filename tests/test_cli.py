@@ -20,10 +20,12 @@ MAZE = ROOT / "configs" / "maze.py"
 
 def start(*arguments, cwd, devices=2, **variables):
   """Starts `python -m oreo_jax` on simulated devices."""
+  # The flags of the tests; of two counts the last one holds.
+  count = f"--xla_force_host_platform_device_count={devices}"
   environment = {
     **os.environ,
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}",
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     **variables,

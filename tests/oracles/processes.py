@@ -39,12 +39,14 @@ def started(script, *arguments, processes, devices):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     address = f"localhost:{probe.getsockname()[1]}"
+  # The flags of the tests; of two counts the last one holds.
   count = f"--xla_force_host_platform_device_count={devices}"
+  flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
   paths = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": count,
+    "XLA_FLAGS": flags,
     "PYTHONPATH": os.pathsep.join(paths),
   }
   tasks = [
