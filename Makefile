@@ -8,8 +8,10 @@ CONFIG ?= configs/maze.py
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Most of a test's time is compilation, which keeps one core busy. A file stays on
-# one process, because its tests share what they compile and train.
-IN_PARALLEL := -n auto --dist loadfile
+# one process, because its tests share what they compile and train. The files
+# come in the order of tests/conftest.py, long ones first: xdist would begin with
+# those of many tests and end with the slowest ones, one core idle.
+IN_PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -31,6 +31,30 @@ QUICKLY_COMPILED = (
   "train",
 )
 
+# A process takes a whole file. One that comes last and takes minutes leaves the
+# other processes idle, so that the longest ones come first, longest before all.
+LONG_FILES = (
+  "stages/test_meshes.py",
+  "launch/test_slurm.py",
+  "stages/test_iterate.py",
+  "stages/test_compare.py",
+  "test_cli.py",
+  "train/test_step.py",
+  "train/test_options.py",
+  "train/test_keep_trunk.py",
+  "decode/test_beam.py",
+  "losses/test_invariances.py",
+  "decode/test_generate.py",
+  "aot/test_compilation.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  """Moves the tests of the longest files to the front."""
+  tests = pathlib.Path(__file__).parent
+  places = {tests / name: place for place, name in enumerate(LONG_FILES)}
+  items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_quickly(request):

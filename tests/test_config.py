@@ -94,6 +94,13 @@ def test_whole_numbers_and_lists_are_taken_where_they_fit():
     ({"data": {"held_out": 1.0}}, "data.held_out"),
     ({"data": {"tokenizer": "hf"}}, "data.tokenizer_path"),
     ({"collect": {"top_p": 0.0}}, "collect.top_p"),
+    ({"collect": {"min_p": 1.5}}, "collect.min_p"),
+    (
+      {"collect": {"repetition_penalty": 0.0}},
+      "collect.repetition_penalty",
+    ),
+    ({"evaluate": {"top_k": -1}}, "evaluate.top_k"),
+    ({"evaluate": {"min_p": -0.1}}, "evaluate.min_p"),
     ({"evaluate": {"split": "train"}}, "evaluate.split"),
   ],
 )

@@ -125,7 +125,13 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
   batch = _prompts(config, mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   rows = prompts * settings.samples
-  sampler = Sampler(settings.temperature, settings.top_k, settings.top_p)
+  sampler = Sampler(
+    settings.temperature,
+    settings.top_k,
+    settings.top_p,
+    settings.min_p,
+    settings.repetition_penalty,
+  )
 
   def lower() -> Any:
     with jax.set_mesh(mesh):
@@ -171,6 +177,9 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   prompts, room = batch[0].shape
   key = jax.eval_shape(lambda: jax.random.key(0))
   problems = jax.ShapeDtypeStruct((prompts,), jnp.int32)
+  sampler = Sampler(
+    settings.temperature, settings.top_k, settings.top_p, settings.min_p
+  )
   # Automata of the delimiters that a config can name have up to 4 states.
   table: Any = jax.ShapeDtypeStruct(
     (4, model.vocab_size), jnp.int8, sharding=replicated(mesh)
@@ -189,7 +198,7 @@ def search_program(config: Config, mesh: Mesh) -> Program:
     eos_ids=(0,),  # any will do, as in `decode_program`
     sampling=jax.tree.map(
       np.squeeze,
-      sampling_rows([Sampler(settings.temperature, top_p=settings.top_p)]),
+      sampling_rows([sampler]),
     ),
     score=by_value,
     granularity=config.train.granularity,

@@ -121,9 +121,13 @@ class CollectConfig(Section):
   samples: int = positive(10)  # responses a problem
   # Which responses stay: all, or about as many right as wrong of a problem.
   select: str = choice("standard", "balanced")
-  temperature: float = 1.0  # of the sampler
+  temperature: float = 1.0  # of the sampler; 0: the likeliest token
   top_k: int = 0  # 0: off
   top_p: float = setting(1.0, above=0, high=1)  # 1: off
+  # Tokens stay that have this fraction of the likeliest one's probability.
+  min_p: float = setting(0.0, high=1)
+  # Makes tokens less likely that prompt or answer hold already; 1: off.
+  repetition_penalty: float = positive(1.0)
   max_new_tokens: int = positive(48)  # longer responses are truncated, reward 0
   batch_size: int = positive(512)  # sequences decoded together
   seed: int = 0  # of the sampler
@@ -218,8 +222,11 @@ class EvaluateConfig(Section):
   max_new_tokens: int = positive(48)  # of an answer
   max_steps: int = positive(20)  # steps of the beam search (official code)
   max_step_tokens: int = positive(16)  # tokens of one proposed step
-  temperature: float = 1.0  # of samples and proposals
-  top_p: float = setting(1.0, above=0, high=1)  # of samples, proposals; 1: off
+  # Of samples and proposals, as in collect.
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = setting(1.0, above=0, high=1)
+  min_p: float = setting(0.0, high=1)
   value_samples: int = positive(16)  # samples a problem for the value analysis
   value_problems: int = 250  # problems of the value analysis
   batch_size: int = positive(512)  # sequences decoded together

@@ -58,7 +58,10 @@ class Exam(NamedTuple):
   @property
   def sampler(self) -> decode.Sampler:
     """Returns how samples and proposals are drawn."""
-    return decode.Sampler(self.settings.temperature, top_p=self.settings.top_p)
+    settings = self.settings
+    return decode.Sampler(
+      settings.temperature, settings.top_k, settings.top_p, settings.min_p
+    )
 
 
 class Judge(NamedTuple):

@@ -46,7 +46,11 @@ def collect(workspace: Workspace) -> None:
     max_new_tokens=settings.max_new_tokens,
     batch_size=settings.batch_size,
     sampler=decode.Sampler(
-      settings.temperature, settings.top_k, settings.top_p
+      settings.temperature,
+      settings.top_k,
+      settings.top_p,
+      settings.min_p,
+      settings.repetition_penalty,
     ),
   )
   sampled = answers.trajectories(workspace.codec)

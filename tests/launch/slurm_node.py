@@ -28,7 +28,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 # A job that is queued again waits until its credential has expired.
-AuthInfo=socket={folder}/munge/socket,cred_expire=60
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool

@@ -7,9 +7,10 @@ import logging
 import jax
 import numpy as np
 import pytest
-from oracles.runs import TINY_MODEL
+from oracles.runs import TINY_MODEL, tiny_run
 
 from oreo_jax.config import (
+  CollectConfig,
   Config,
   ConfigError,
   DataConfig,
@@ -19,7 +20,9 @@ from oreo_jax.config import (
   TrainConfig,
 )
 from oreo_jax.data import TrajectoryError
+from oreo_jax.decode import Sampler
 from oreo_jax.stages import collect, fitting, sft, train
+from oreo_jax.stages.records import check_identity
 from oreo_jax.stages.sft import SFT
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.train import PreemptedError
@@ -106,6 +109,37 @@ def test_stages_that_need_a_task_say_so(tmp_path, stage):
   workspace = Workspace(file_config(tmp_path / "none"), tmp_path / "run")
   with pytest.raises(ConfigError, match="--config.task.name"):
     stage(workspace)
+
+
+def test_answers_are_drawn_as_the_settings_say(tmp_path, monkeypatch):
+  class CalledError(Exception):
+    pass
+
+  def answer_problems(*_, sampler, **__):
+    raise CalledError(sampler)
+
+  monkeypatch.setattr(collect, "answer_problems", answer_problems)
+  monkeypatch.setattr(Workspace, "start_policy", lambda self: {})
+  config = tiny_run(
+    collect=CollectConfig(
+      problems=2,
+      temperature=0.5,
+      top_k=3,
+      top_p=0.9,
+      min_p=0.1,
+      repetition_penalty=1.2,
+    )
+  )
+  with pytest.raises(CalledError) as caught:
+    collect.collect(Workspace(config, tmp_path))
+  assert caught.value.args == (Sampler(0.5, 3, 0.9, 0.1, 1.2),)
+
+
+def test_a_record_without_a_setting_of_today_names_it(tmp_path):
+  now = {"settings": {"collect": {"seed": 0, "min_p": 0.0}}, "made_from": {}}
+  before = {**now, "settings": {"collect": {"seed": 0}}}
+  with pytest.raises(ConfigError, match=r"\(config.collect.min_p\): use anoth"):
+    check_identity(before, now, tmp_path)
 
 
 def test_a_mesh_that_does_not_divide_is_an_error(tmp_path):
