@@ -1,7 +1,13 @@
 """Decoding: sampling, generation over a KV cache, value-guided search."""
 
-from oreo_jax.decode.batches import generate_all, search_all, values_all
+from oreo_jax.decode.batches import search_all, values_all
 from oreo_jax.decode.beam import Search, step_beam_search
+from oreo_jax.decode.continuous import (
+  Answer,
+  Usage,
+  answer_requests,
+  generate_all,
+)
 from oreo_jax.decode.generate import Generation, generate
 from oreo_jax.decode.rank import (
   BestOfN,
@@ -11,6 +17,7 @@ from oreo_jax.decode.rank import (
   vote_weights,
 )
 from oreo_jax.decode.sampling import ANCESTRAL, GREEDY, Sampler
+from oreo_jax.decode.schedule import Request
 from oreo_jax.decode.scores import Candidates, by_logp, by_value
 from oreo_jax.decode.stops import DELIMITERS, Stops, make_stops, step_ends
 from oreo_jax.decode.values import (
@@ -24,12 +31,16 @@ __all__ = [
   "ANCESTRAL",
   "DELIMITERS",
   "GREEDY",
+  "Answer",
   "BestOfN",
   "Candidates",
   "Generation",
+  "Request",
   "Sampler",
   "Search",
   "Stops",
+  "Usage",
+  "answer_requests",
   "answer_values",
   "best_of_n",
   "by_logp",

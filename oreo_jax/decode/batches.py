@@ -6,7 +6,7 @@ for the prompt is rounded up, so that few shapes are compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -15,9 +15,8 @@ from absl import logging
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.beam import Search, step_beam_search
-from oreo_jax.decode.generate import Generation, generate
+from oreo_jax.decode.generate import Generation
 from oreo_jax.decode.prompts import Prompts
-from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.values import answer_values
 from oreo_jax.models import Params
 from oreo_jax.sharding import batch_shards, rows_that_divide
@@ -134,63 +133,6 @@ def _rows_of(indices: np.ndarray, rows_per_prompt: int) -> np.ndarray:
   return (
     indices[:, None] * rows_per_prompt + np.arange(rows_per_prompt)
   ).ravel()
-
-
-def generate_all(
-  policy: Params,
-  prompts: Prompts,
-  key: jax.Array,
-  config: ModelConfig,
-  *,
-  max_new_tokens: int,
-  eos_ids: Sequence[int],
-  sampler: Sampler = ANCESTRAL,
-  num_samples: int = 1,
-  batch_size: int = 512,
-  prompt_length: int | None = None,
-  on_progress: OnProgress = lambda count: None,
-) -> Generation:
-  """Continues every prompt; as `generate`, in the order of `prompts`.
-
-  Args:
-    policy: what tokens are drawn from.
-    prompts: token ids, ragged.
-    key: of the draws; a prompt has its own stream.
-    config: the policy's architecture.
-    max_new_tokens: most tokens of an answer.
-    eos_ids: tokens that end an answer.
-    sampler: how tokens are drawn.
-    num_samples: answers a prompt.
-    batch_size: sequences decoded together, num_samples a prompt.
-    prompt_length: room for a prompt; by default each batch has its own.
-    on_progress: called with the prompts done.
-
-  Returns:
-    A Generation of len(prompts) * num_samples rows, prompt-major.
-  """
-
-  def run(batch: PromptBatch) -> Generation:
-    return generate(
-      policy,
-      batch.prompts,
-      key,
-      config,
-      max_new_tokens=max_new_tokens,
-      eos_ids=eos_ids,
-      sampler=sampler,
-      num_samples=num_samples,
-      prompt_length=batch.room,
-      problems=batch.indices,
-    )
-
-  return over_batches(
-    run,
-    prompts,
-    batch_size=batch_size,
-    rows_per_prompt=num_samples,
-    prompt_length=prompt_length,
-    on_progress=on_progress,
-  )
 
 
 def search_all(

@@ -35,8 +35,9 @@ class Rows(NamedTuple):
   step_ended: jax.Array  # bool[R], the last one ends a step
   stop_state: jax.Array  # i32[R], where the automaton of the stops is
   active: jax.Array  # bool[R]; others only fill the shape
-  slot: jax.Array  # i32[], of the ring, which is written next
-  # Of M slots, a ring (see `models.cache`): all tokens that were fed.
+  steps: jax.Array  # i32[], of the loop so far
+  # Of M slots, a ring (see `models.cache`) in which step i writes slot i % M:
+  # all tokens that were fed.
   cache: Cache
 
 
@@ -83,7 +84,7 @@ def start_rows(
     step_ended=none,
     stop_state=jnp.zeros_like(fed) if stop_state is None else stop_state,
     active=limits > 0,
-    slot=jnp.zeros((), jnp.int32),
+    steps=jnp.zeros((), jnp.int32),
     cache=Cache(*(constrain_batch(x, dim=1) for x in empty)),
   )
 
@@ -156,7 +157,7 @@ def _add_token(
     config,
     shared=shared,
     local=rows.cache,
-    slot=rows.slot,
+    slot=rows.steps % slots,
     counts=rows.lengths,
   )
   logits = models.logits(policy, out.hidden[:, 0], config)
@@ -183,7 +184,7 @@ def _add_token(
     step_ended=rows.step_ended | (rows.active & stopped),
     stop_state=stop_state,
     active=rows.active & ~ended & ~stopped & (lengths < rows.limits),
-    slot=(rows.slot + 1) % slots,
+    steps=rows.steps + 1,
     # It gives a cache back because it got one.
     cache=cast(Cache, out.cache),
   )

@@ -10,11 +10,8 @@ import jax
 import numpy as np
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.decode.batches import (
-  OnProgress,
-  generate_all,
-  values_all,
-)
+from oreo_jax.decode.batches import OnProgress, values_all
+from oreo_jax.decode.continuous import generate_all
 from oreo_jax.decode.generate import Generation
 from oreo_jax.decode.prompts import Prompts
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
@@ -89,8 +86,7 @@ def best_of_n(
     eos_ids=eos_ids,
     sampler=sampler,
     num_samples=num_samples,
-    batch_size=batch_size,
-    prompt_length=prompt_length,
+    slots=batch_size,
   )
   values = rank_all(
     critic,

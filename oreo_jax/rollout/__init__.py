@@ -7,11 +7,19 @@ from oreo_jax.rollout.answers import (
   grading_counts,
 )
 from oreo_jax.rollout.codec import Codec
+from oreo_jax.rollout.collection import (
+  Collected,
+  collect_answers,
+  graded_trajectories,
+)
 
 __all__ = [
   "Answers",
   "Codec",
+  "Collected",
   "answer_problems",
+  "collect_answers",
   "grade_texts",
+  "graded_trajectories",
   "grading_counts",
 ]

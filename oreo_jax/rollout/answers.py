@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from oreo_jax import data, decode, hosts
+from oreo_jax import decode, hosts
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import Params
 from oreo_jax.progress import Progress
@@ -44,37 +44,6 @@ class Answers(NamedTuple):
   def table(self, figures: np.ndarray) -> np.ndarray:
     """Lays one figure an answer out as [problems, samples]."""
     return np.asarray(figures).reshape(len(self.problems), self.samples)
-
-  def _sampled(self, index: int) -> data.Sampled:
-    """Returns the tokens of an answer, its end token among them."""
-    length = int(self.generation.lengths[index])
-    return data.Sampled(
-      self.generation.tokens[index, :length].tolist(),
-      self.generation.logps[index, :length].tolist(),
-    )
-
-  def trajectories(self, codec: Codec) -> list[data.Trajectory]:
-    """Returns all answers as trajectories, blank and cut-off ones too.
-
-    A blank answer is a legal failure: it counts in the success rate, and what
-    it teaches is not to end at once.
-    """
-    trajectories = []
-    for index, (text, reward, finished) in enumerate(
-      zip(self.texts, self.rewards, self.generation.finished, strict=True)
-    ):
-      problem = self.problems[index // self.samples]
-      trajectories.append(
-        codec.trajectory(
-          problem,
-          text,
-          float(reward),
-          id=f"{problem.id}/{index % self.samples}",
-          truncated=not finished,
-          sampled=(self._sampled(index),),
-        )
-      )
-    return trajectories
 
 
 def answer_problems(
@@ -109,7 +78,10 @@ def answer_problems(
   """
   start = time.monotonic()
   with Progress(
-    len(problems), description, unit="problem", enabled=hosts.is_chief()
+    len(problems) * num_samples,
+    description,
+    unit="answer",
+    enabled=hosts.is_chief(),
   ) as progress:
     generation = decode.generate_all(
       policy,
@@ -124,7 +96,8 @@ def answer_problems(
     )
   texts = codec.texts(generation)
   seconds = time.monotonic() - start
-  rewards = grade_texts(task, problems, texts, generation.finished)
+  asked = [problem for problem in problems for _ in range(num_samples)]
+  rewards = grade_texts(task, asked, texts, generation.finished)
   return Answers(problems, generation, texts, rewards, seconds)
 
 
@@ -134,30 +107,29 @@ def grade_texts(
   texts: Sequence[str],
   finished: np.ndarray,
 ) -> np.ndarray:
-  """Grades answers, those of one problem side by side.
+  """Grades answers.
 
   A verifier can take longer than the sampling, so each process grades the
   answers to its share of the problems, and they tell each other.
 
   Args:
     task: the verifier.
-    problems: n of them.
-    texts: n * samples answers, the same on every process.
-    finished: bool[n * samples]; an answer that was cut off earns 0.
+    problems: of each answer.
+    texts: n answers, the same on every process.
+    finished: bool[n]; an answer that was cut off earns 0.
 
   Returns:
-    f32[n * samples], the same on every process.
+    f32[n], the same on every process.
   """
-  samples = len(texts) // len(problems)
   # All answers to a problem go to one process: a verifier decides equal ones
   # once.
-  rows = [
-    problem * samples + sample
-    for problem in hosts.share_of(len(problems))
-    for sample in range(samples)
-  ]
+  by_problem: dict[str, list[int]] = {}
+  for row, problem in enumerate(problems):
+    by_problem.setdefault(problem.id, []).append(row)
+  groups = list(by_problem.values())
+  rows = [row for place in hosts.share_of(len(groups)) for row in groups[place]]
   grades = task.grade(
-    [problems[row // samples] for row in rows], [texts[row] for row in rows]
+    [problems[row] for row in rows], [texts[row] for row in rows]
   )
   rewards = np.zeros(len(texts), np.float32)
   for their_rows, their_grades in hosts.gather([rows, grades.tolist()]):

@@ -52,7 +52,7 @@ class Exam(NamedTuple):
       num_samples=num_samples,
       sampler=sampler,
       max_new_tokens=self.settings.max_new_tokens,
-      batch_size=self.settings.batch_size,
+      slots=self.settings.batch_size,
     )
 
   @property

@@ -9,7 +9,7 @@ from absl import logging
 
 from oreo_jax import data, decode
 from oreo_jax.data import construct
-from oreo_jax.rollout import answer_problems, grading_counts
+from oreo_jax.rollout import collect_answers, grading_counts
 from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.workspace import Workspace
@@ -34,17 +34,18 @@ def collect(workspace: Workspace) -> None:
   problems = task.problems("train", end)[settings.skip :]
   stage_run = workspace.begin(COLLECT)
   graded_before = grading_counts(task)
-  answers = answer_problems(
+  folder = workspace.path("collect")
+  collected = collect_answers(
     workspace.start_policy(),
     problems,
     task,
     workspace.codec,
     workspace.config.model,
-    description="collect",
+    folder / "answers",
     seed=settings.seed,
     num_samples=settings.samples,
     max_new_tokens=settings.max_new_tokens,
-    batch_size=settings.batch_size,
+    slots=settings.batch_size,
     sampler=decode.Sampler(
       settings.temperature,
       settings.top_k,
@@ -52,27 +53,27 @@ def collect(workspace: Workspace) -> None:
       settings.min_p,
       settings.repetition_penalty,
     ),
+    first_number=settings.skip,
   )
-  sampled = answers.trajectories(workspace.codec)
+  sampled = collected.trajectories
   chosen = (
     construct.select_balanced(sampled, seed=settings.seed)
     if settings.select == "balanced"
     else sampled
   )
   if workspace.is_chief:
-    data.save_trajectories(
-      workspace.path("collect") / "trajectories.jsonl", chosen
-    )
-  generation = answers.generation
+    data.save_trajectories(folder / "trajectories.jsonl", chosen)
+  usage = collected.usage
   stage_run.done(
     problems=len(problems),
     sampled=len(sampled),
     kept=len(chosen),
-    success=float(np.mean(answers.rewards)),
-    truncated=float(1.0 - generation.finished.mean()),
-    blank=sum(not text.strip() for text in answers.texts),
+    success=float(np.mean([each.reward for each in sampled])),
+    truncated=float(np.mean([each.truncated for each in sampled])),
+    blank=sum(not each.turns[-1].content.strip() for each in sampled),
     grading=dict(grading_counts(task) - graded_before),
-    tokens_per_second=float(generation.lengths.sum() / answers.seconds),
+    tokens_per_second=usage.tokens / max(collected.seconds, 1e-9),
+    slots_busy=usage.share,
   )
   return None
 

@@ -82,41 +82,6 @@ def test_greedy_with_cache_is_the_argmax_of_the_full_forward(params):
   np.testing.assert_allclose(split.logps, out.logps, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("batch_size", "samples"),
-  [(512, 2), (6, 2)],  # fewer prompts than shards; fewer rows than that, too
-)
-def test_batches_divide_over_the_mesh(params, batch_size, samples, monkeypatch):
-  prompts = [*PROMPTS, *PROMPTS[::-1], [4, 4, 4]]
-  options = dict(
-    max_new_tokens=4,
-    eos_ids=(),
-    sampler=GREEDY,
-    num_samples=samples,
-    batch_size=batch_size,
-    prompt_length=8,
-  )
-  one_device = generate_all(params, prompts, KEY, tiny.MODEL, **options)
-
-  module = importlib.import_module("oreo_jax.decode.batches")
-  sizes = []
-
-  def counted(policy, batch, *args, **kwargs):
-    sizes.append(len(batch))
-    return generate(policy, batch, *args, **kwargs)
-
-  monkeypatch.setattr(module, "generate", counted)
-  mesh = tiny.mesh(data=2, fsdp=4)
-  with jax.set_mesh(mesh):
-    split = generate_all(
-      tiny.place(params, tiny.MODEL, mesh), prompts, KEY, tiny.MODEL, **options
-    )
-  # Nine prompts: 8 and the last with seven that fill the batch.
-  assert sizes == ([16] if batch_size == 512 else [8, 8])
-  np.testing.assert_array_equal(split.tokens, one_device.tokens)
-  np.testing.assert_allclose(split.logps, one_device.logps, atol=1e-5)
-
-
 # A walk in a circle: t -> t + 1, token 0 ends, token 11 goes on to 3.
 CIRCLE = {t: [t - 1 if t > 1 else chain.EOS] for t in range(1, 12)}
 CIRCLE[3] = [11]
@@ -204,14 +169,14 @@ def test_all_answers_come_in_the_order_of_the_prompts(circle):
     max_new_tokens=4,
     eos_ids=(chain.EOS,),
     num_samples=2,
-    batch_size=8,
+    slots=8,
     on_progress=done.append,
   )
   for row in range(22):
     want = walk(prompts[row // 2], 4)
     assert out.tokens[row, : out.lengths[row]].tolist() == want
     assert out.finished[row] == (want[-1] == chain.EOS)
-  assert sum(done) == 11 and len(done) == 3
+  assert done == [1] * 22
 
 
 def test_samples_follow_the_softmax(params):

@@ -5,8 +5,8 @@ import pytest
 
 from oreo_jax import data
 from oreo_jax.config import DataConfig
-from oreo_jax.decode import Generation
-from oreo_jax.rollout import Answers, Codec, grade_texts
+from oreo_jax.decode import Answer
+from oreo_jax.rollout import Codec, grade_texts, graded_trajectories
 from oreo_jax.tasks import Problem
 
 TOKENIZER = data.make_tokenizer("byte")
@@ -14,18 +14,6 @@ TOKENIZER = data.make_tokenizer("byte")
 
 def codec(**settings):
   return Codec.make(TOKENIZER, DataConfig(**settings), len(TOKENIZER))
-
-
-def generation(*rows, finished=True):
-  width = max(map(len, rows))
-  tokens = np.array([[*row, *[0] * (width - len(row))] for row in rows])
-  lengths = np.array([len(row) for row in rows], np.int32)
-  return Generation(
-    tokens.astype(np.int32),
-    lengths,
-    np.full(len(rows), finished),
-    np.where(np.arange(width)[None] < lengths[:, None], -0.5, 0.0),
-  )
 
 
 @pytest.mark.parametrize(
@@ -51,20 +39,39 @@ def test_steps_of_an_answer_and_of_training_are_the_same(
   assert np.flatnonzero(answer).tolist() == [*starts, len(text)]
 
 
+class Right:
+  """Finds everything right."""
+
+  def grade(self, problems, responses):
+    return np.ones(len(responses), np.float32)
+
+  def grading_report(self):
+    return {}
+
+
+def answer(request, tokens, logps):
+  return Answer(
+    request, 3, np.int32(tokens), np.float32(logps), True, stopped=False
+  )
+
+
 def test_what_was_sampled_is_what_is_trained_on():
   door = codec()
   end = door.end_ids[0]
-  out = generation([ord("a"), end], [ord("b"), ord("c"), end])
   problems = [Problem("0", "x"), Problem("1", "y")]
-  answers = Answers(problems, out, door.texts(out), np.ones(2, np.float32), 1.0)
-  assert answers.texts == ["a", "bc"]
-  sequences = door.tokenize(answers.trajectories(door))
-  for row, sequence in enumerate(sequences):
-    length = out.lengths[row]
+  answers = [
+    answer(0, [ord("a"), end], [-1.0, -0.5]),
+    answer(1, [ord("b"), ord("c"), end], [-0.25, -2.0, -3.0]),
+  ]
+  trajectories = graded_trajectories(answers, problems, Right(), door)
+  assert [t.turns[1].content for t in trajectories] == ["a", "bc"]
+  assert [t.id for t in trajectories] == ["0/3", "1/3"]
+  sequences = door.tokenize(trajectories)
+  for each, sequence in zip(answers, sequences, strict=True):
     action = sequence.action_mask
-    assert sequence.tokens[action].tolist() == out.tokens[row, :length].tolist()
+    assert sequence.tokens[action].tolist() == each.tokens.tolist()
     np.testing.assert_array_equal(
-      sequence.extras["behaviour_logps"][action], out.logps[row, :length]
+      sequence.extras["behaviour_logps"][action], each.logps
     )
   prompts = door.prompts(problems)
   assert (
@@ -74,11 +81,7 @@ def test_what_was_sampled_is_what_is_trained_on():
 
 
 def test_an_answer_that_was_cut_off_earns_nothing():
-  class Right:
-    def grade(self, problems, responses):
-      return np.ones(len(responses), np.float32)
-
   rewards = grade_texts(
-    Right(), [Problem("0", "x")], ["1", "2"], np.array([True, False])
+    Right(), [Problem("0", "x")] * 2, ["1", "2"], np.array([True, False])
   )
   assert rewards.tolist() == [1.0, 0.0]

@@ -115,10 +115,10 @@ def test_answers_are_drawn_as_the_settings_say(tmp_path, monkeypatch):
   class CalledError(Exception):
     pass
 
-  def answer_problems(*_, sampler, **__):
+  def collect_answers(*_, sampler, **__):
     raise CalledError(sampler)
 
-  monkeypatch.setattr(collect, "answer_problems", answer_problems)
+  monkeypatch.setattr(collect, "collect_answers", collect_answers)
   monkeypatch.setattr(Workspace, "start_policy", lambda self: {})
   config = tiny_run(
     collect=CollectConfig(

@@ -10,11 +10,10 @@ from oracles.runs import tiny_run
 
 from oreo_jax import data, decode, files
 from oreo_jax.config import ConfigError, DataConfig
-from oreo_jax.rollout import Answers
+from oreo_jax.rollout import graded_trajectories
 from oreo_jax.stages import STAGES, Workspace, evaluate, train
 from oreo_jax.stages.sft import SFT
 from oreo_jax.stages.train import TRAIN
-from oreo_jax.tasks import Problem
 from oreo_jax.train.checkpoint import Checkpoints
 
 
@@ -282,24 +281,21 @@ def test_every_method_can_make_as_many_updates(tmp_path, objective):
 def test_blank_answers_count_and_are_trained_on(tmp_path):
   workspace = Workspace(tiny_run(), tmp_path)
   eos = workspace.codec.end_ids[0]
-  tokens = np.array([[eos, 0], [5, eos]], np.int32)
-  answers = Answers(
-    problems=[Problem("a", "x"), Problem("b", "y")],
-    generation=decode.Generation(
-      tokens=tokens,
-      lengths=np.array([1, 2], np.int32),
-      finished=np.ones(2, bool),
-      logps=np.zeros((2, 2), np.float32),
-    ),
-    texts=["", workspace.codec.text(tokens[1, :1])],
-    rewards=np.array([0.0, 1.0], np.float32),
-    seconds=1.0,
+  answers = [
+    decode.Answer(
+      place, 0, np.int32(tokens), np.zeros(len(tokens)), True, stopped=False
+    )
+    for place, tokens in enumerate([[eos], [5, eos]])
+  ]
+  trajectories = graded_trajectories(
+    answers,
+    workspace.task.problems("train", 2),
+    workspace.task,
+    workspace.codec,
   )
-  trajectories = answers.trajectories(workspace.codec)
-  assert [t.reward for t in trajectories] == [0.0, 1.0]
-  problems = workspace.task.problems("train", 2)
-  answers = answers._replace(problems=problems)
-  blank, full = workspace.codec.tokenize(answers.trajectories(workspace.codec))
+  assert trajectories[0].turns[1].content == ""
+  assert trajectories[0].reward == 0.0
+  blank, full = workspace.codec.tokenize(trajectories)
   # What is trained on is what was sampled, token for token.
   assert blank.tokens[blank.action_mask].tolist() == [eos]
   assert full.tokens[full.action_mask].tolist() == [5, eos]
