@@ -8,6 +8,7 @@ from oreo_jax.decode.continuous import (
   answer_requests,
   generate_all,
 )
+from oreo_jax.decode.engine import Completion, Engine
 from oreo_jax.decode.generate import Generation, generate
 from oreo_jax.decode.rank import (
   BestOfN,
@@ -34,6 +35,8 @@ __all__ = [
   "Answer",
   "BestOfN",
   "Candidates",
+  "Completion",
+  "Engine",
   "Generation",
   "Request",
   "Sampler",

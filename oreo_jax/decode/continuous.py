@@ -12,7 +12,7 @@ once for each prompt length in use: 16, 32, 64, ... tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,9 @@ from oreo_jax.decode.stops import Stops
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Params
 from oreo_jax.sharding import rows_that_divide
+
+# Called with (request, sample, i32[n] its tokens so far).
+OnGrowing = Callable[[int, int, np.ndarray], Any]
 
 _SHORTEST = 16  # room of a prompt; the others are its doubles
 
@@ -83,6 +86,7 @@ def answer_requests(
   refill: float = 1 / 16,
   most_steps: int = 64,
   usage: Usage | None = None,
+  on_growing: OnGrowing | None = None,
 ) -> Iterator[Answer]:
   """Yields answers as they end.
 
@@ -109,6 +113,7 @@ def answer_requests(
     refill: share of the slots that are free before they are refilled.
     most_steps: tokens a slot is given before the host looks again.
     usage: is added to.
+    on_growing: called after every turn for each answer that has not ended.
 
   Raises:
     ValueError: for a request without a prompt or without room for an answer.
@@ -164,6 +169,12 @@ def answer_requests(
         answer = queue.ended(row, taken, place)
         usage.tokens += len(answer.tokens)
         yield answer
+    if on_growing is not None:
+      rows = to_host(device.take_rows(state, np.arange(queue.rows)))
+      for row, each in queue.active.items():
+        on_growing(
+          each.request, each.sample, rows.tokens[row, : rows.lengths[row]]
+        )
 
 
 def generate_all(

@@ -66,6 +66,8 @@ def make_stops(
   tokenizer: PreTrainedTokenizerBase,
   delimiters: Sequence[str],
   vocab_size: int,
+  *,
+  anywhere: bool = False,
 ) -> Stops:
   """Builds the automaton of some delimiters over a tokenizer's vocabulary.
 
@@ -74,6 +76,8 @@ def make_stops(
     delimiters: the strings that end a step, such as `DELIMITERS["lines"]`.
     vocab_size: V, at least the ids that will be asked about; ids beyond the
       tokenizer's have no text.
+    anywhere: a delimiter also counts behind blanks alone, as the stop string
+      of a generation does.
 
   Raises:
     ValueError: for no delimiters, an empty one, a lone string, or a tokenizer
@@ -86,7 +90,9 @@ def make_stops(
       f" {DELIMITERS['lines']!r}, got {delimiters!r}"
       " (--config.data.delimiters)"
     )
-  next_state, ends = _byte_automaton([mark.encode() for mark in delimiters])
+  next_state, ends = _byte_automaton(
+    [mark.encode() for mark in delimiters], anywhere
+  )
   texts = token_texts(tokenizer, vocab_size)
   return Stops(_token_table(next_state, ends, texts))
 
@@ -238,11 +244,11 @@ def _decoded_texts(backend, names: dict[int, str]) -> dict[int, bytes]:
 
 
 def _byte_automaton(
-  delimiters: Sequence[bytes],
+  delimiters: Sequence[bytes], anywhere: bool
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (next_state i64[S, 256], ends bool[S, 256]), state 0 the start."""
   beginnings = {mark[:size] for mark in delimiters for size in range(len(mark))}
-  start = (b"", False)
+  start = (b"", anywhere)
   numbers = {start: 0}
   waiting = [start]
   rows = []
