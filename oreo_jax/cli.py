@@ -75,6 +75,22 @@ _SEARCH = flags.DEFINE_bool(
   "aot: try the layouts that --config.aot.* lists; short for "
   "--config.aot.search.",
 )
+_PROMPT = flags.DEFINE_string(
+  "prompt",
+  None,
+  "generate: what to answer; short for --config.generate.prompt.",
+)
+_VALUE = flags.DEFINE_string(
+  "value",
+  None,
+  "generate: a Hugging Face directory of a value network; short for "
+  "--config.generate.value.",
+)
+_STRATEGY = flags.DEFINE_string(
+  "strategy",
+  None,
+  "generate: how to answer; short for --config.generate.strategy.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
@@ -125,9 +141,9 @@ def _usage() -> str:
   return "\n".join(lines)
 
 
-def _say(text: str) -> None:
+def _say(text: str, *, end: str = "\n") -> None:
   if hosts.is_chief():
-    print(text, flush=True)
+    print(text, end=end, flush=True)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -147,9 +163,13 @@ def _main(argv: Sequence[str]) -> None:
   logging.get_absl_handler().addFilter(_is_ours)
   import jax
 
+  from oreo_jax.compilation import keep_programs
+
   if not STAGES[name].needs_devices:
     # Not to wait for an accelerator, nor to hold one that is not used.
     jax.config.update("jax_platforms", "cpu")
+  else:
+    keep_programs()
   # From here on; the training loop saves a step instead.
   _stop_on_sigterm()
   if _DISTRIBUTED.value:
@@ -157,6 +177,9 @@ def _main(argv: Sequence[str]) -> None:
   for flag in (_TOPOLOGY, _NUM_SLICES, _WHAT, _SEARCH):
     if flag.value is not None:
       setattr(config.aot, flag.name, flag.value)
+  for flag in (_PROMPT, _VALUE, _STRATEGY):
+    if flag.value is not None:
+      setattr(config.generate, flag.name, flag.value)
   workspace = Workspace(
     config, checked_workdir(_WORKDIR.value or _default_workdir())
   )
@@ -287,6 +310,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
 _EXIT_PREEMPTED = 75
 
 
+_DEFAULT_CONFIG = pathlib.Path(__file__).parent / "config" / "default.py"
+
+
+def _names_config(arguments: Sequence[str]) -> bool:
+  return any(re.match(r"--?config(=|$)", argument) for argument in arguments)
+
+
 def main() -> None:
   """Entry point of the `oreo` command.
 
@@ -296,6 +326,10 @@ def main() -> None:
   """
   arguments = sys.argv[1:]
   try:
+    if arguments[:1] == ["generate"] and not _names_config(arguments):
+      # A checkpoint says all that is needed to answer a prompt.
+      sys.argv.insert(2, f"--config={_DEFAULT_CONFIG}")
+      arguments = sys.argv[1:]
     check_overrides(arguments)
     app.run(_main)
   except (Exception, KeyboardInterrupt) as error:

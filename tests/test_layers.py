@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "oreo_jax"
 LAYERS = {
   "allocator": 0,
   "chips": 0,
+  "compilation": 0,
   "files": 0,
   "hosts": 0,
   "settings": 0,

@@ -38,6 +38,7 @@ from oreo_jax.config.stages import (
   CompareConfig,
   DataConfig,
   EvaluateConfig,
+  GenerateConfig,
   MethodConfig,
   SftConfig,
   StageConfig,
@@ -73,6 +74,7 @@ __all__ = [
   "CriticConfig",
   "DataConfig",
   "EvaluateConfig",
+  "GenerateConfig",
   "LoraConfig",
   "MeshConfig",
   "MethodConfig",
@@ -113,6 +115,7 @@ class Config(Section):
   collect: CollectConfig = section(CollectConfig)
   train: TrainConfig = section(TrainConfig)
   evaluate: EvaluateConfig = section(EvaluateConfig)
+  generate: GenerateConfig = section(GenerateConfig)
   compare: CompareConfig = section(CompareConfig)
   aot: AotConfig = section(AotConfig)
 

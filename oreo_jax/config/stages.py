@@ -234,6 +234,25 @@ class EvaluateConfig(Section):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class GenerateConfig(Section):
+  """Answering one prompt from the shell (`oreo generate`)."""
+
+  prompt: str = ""  # what to answer; --prompt is short for it
+  value: str = ""  # a Hugging Face directory of a value network; --value
+  strategy: str = choice("sample")  # how to answer; --strategy
+  samples: int = positive(1)  # answers
+  max_new_tokens: int = positive(256)  # of an answer
+  stop: tuple = setting((), entry=str)  # strings that end an answer
+  # As in collect; 0 is greedy.
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = setting(1.0, above=0, high=1)
+  min_p: float = setting(0.0, high=1)
+  repetition_penalty: float = positive(1.0)
+  seed: int = 0  # of the draws
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class MethodConfig(Section):
   """What a method of `oreo compare`, a baseline of `oreo run`, has of its own.
 

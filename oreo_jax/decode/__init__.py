@@ -8,7 +8,7 @@ from oreo_jax.decode.continuous import (
   answer_requests,
   generate_all,
 )
-from oreo_jax.decode.engine import Completion, Engine
+from oreo_jax.decode.engine import Completion, Engine, Prompt
 from oreo_jax.decode.generate import Generation, generate
 from oreo_jax.decode.rank import (
   BestOfN,
@@ -38,6 +38,7 @@ __all__ = [
   "Completion",
   "Engine",
   "Generation",
+  "Prompt",
   "Request",
   "Sampler",
   "Search",

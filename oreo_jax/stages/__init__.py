@@ -11,6 +11,7 @@ from oreo_jax.stages.collect import COLLECT
 from oreo_jax.stages.compare import COMPARE
 from oreo_jax.stages.evaluate import EVALUATE
 from oreo_jax.stages.export import EXPORT
+from oreo_jax.stages.generate import GENERATE
 from oreo_jax.stages.iterate import ITERATE
 from oreo_jax.stages.page import REPORT
 from oreo_jax.stages.run import RUN
@@ -31,6 +32,7 @@ STAGES: dict[str, Stage] = {
     ITERATE,
     COMPARE,
     EXPORT,
+    GENERATE,
     AOT,
   )
 }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 from oreo_jax.config import Config
 from oreo_jax.stages.workspace import Work, Workspace
 
-# Prints one message for the user; a stage says what it did with it.
-Say = Callable[[str], None]
+
+class Say(Protocol):
+  """Prints one message for the user; a stage says what it did with it."""
+
+  def __call__(self, text: str, *, end: str = "\n") -> None:
+    """Prints `text` and `end`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
