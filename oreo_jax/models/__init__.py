@@ -16,6 +16,7 @@ from oreo_jax.models.functional import (
   prefill,
   segment_positions,
   trunk,
+  unstack_layers,
   value_params,
   values,
 )
@@ -58,6 +59,7 @@ __all__ = [
   "segment_positions",
   "split_adapters",
   "trunk",
+  "unstack_layers",
   "value_params",
   "values",
   "without_adapters",

@@ -8,7 +8,7 @@ One block serves every family: bias on q/k/v (Qwen2), RMSNorm on q and k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -255,7 +255,10 @@ class Decoder(nnx.Module):
     return x
 
   def prefill(
-    self, tokens: jax.Array, lengths: jax.Array
+    self,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    layers: Sequence[dict[str, Any]] | None,
   ) -> tuple[jax.Array, Cache]:
     """Reads rows from their start; see `functional.prefill`.
 
@@ -279,8 +282,10 @@ class Decoder(nnx.Module):
       return mixed, None, new
 
     positions = jnp.broadcast_to(index, tokens.shape)
-    hidden, _, cache = self._run_cached(tokens, positions, attend, None)
-    return hidden, cache
+    hidden, _, made = self._run_cached(
+      tokens, positions, attend, None, layers=layers
+    )
+    return hidden, made
 
   def branch(
     self,
@@ -289,6 +294,7 @@ class Decoder(nnx.Module):
     local: Cache,
     slot: jax.Array,
     counts: jax.Array,
+    layers: Sequence[dict[str, Any]] | None,
   ) -> tuple[jax.Array, Cache]:
     """Continues branches of shared texts; see `functional.apply_branches`.
 
@@ -334,7 +340,7 @@ class Decoder(nnx.Module):
 
     levels = tuple(level.cache for level in shared)
     hidden, local, _ = self._run_cached(
-      tokens, positions, attend, local, levels
+      tokens, positions, attend, local, levels, layers=layers
     )
     return hidden, local
 
@@ -345,8 +351,10 @@ class Decoder(nnx.Module):
     attend: Callable[..., tuple[jax.Array, Any, Any]],
     carry: Any,
     shared: Any = None,
+    *,
+    layers: Sequence[dict[str, Any]] | None = None,
   ) -> tuple[jax.Array, Any, Any]:
-    """Runs the layers over caches.
+    """Runs the layers over caches, in a scan or one after the other.
 
     A cache that is written is carried, not scanned over: the loop then updates
     it in place instead of stacking a new one. What is only read (`shared`) is
@@ -359,6 +367,7 @@ class Decoder(nnx.Module):
         `Attend` takes) -> (mixed values, the carry, what the layer made).
       carry: a tree of arrays that every layer may write.
       shared: a tree of arrays with a leading layer dimension.
+      layers: weights of `unstack_layers`; None: the stacked ones.
 
     Returns:
       The hidden states [B, T, D], the carry, and what the layers made, stacked.
@@ -388,13 +397,22 @@ class Decoder(nnx.Module):
       x = nnx.merge(graph, params)(x, rotary, attend_and_write)
       return (x, written), made
 
-    index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-    (x, carry), made = jax.lax.scan(
-      layer,
-      (self._embed(tokens), carry),
-      (stacked, index, shared),
-      unroll=self.config.unroll,
-    )
+    start = (self._embed(tokens), carry)
+    if layers is None:
+      index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+      (x, carry), made = jax.lax.scan(
+        layer, start, (stacked, index, shared), unroll=self.config.unroll
+      )
+      return self.final_norm(x), carry, made
+    each_made = []
+    for number, params in enumerate(layers):
+      state = jax.tree.map(lambda leaf: leaf, stacked)
+      nnx.replace_by_pure_dict(state, params)
+      layer_shared = jax.tree.map(lambda x, at=number: x[at], shared)
+      start, made = layer(start, (state, jnp.int32(number), layer_shared))
+      each_made.append(made)
+    x, carry = start
+    made = jax.tree.map(lambda *xs: jnp.stack(xs), *each_made)
     return self.final_norm(x), carry, made
 
   def _embed(self, tokens: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from oreo_jax.models import (
   logits,
   prefill,
   segment_positions,
+  unstack_layers,
   value_params,
   values,
 )
@@ -241,6 +242,34 @@ def test_branches_equal_the_full_forward(window):
         atol=5e-6,
       )
       np.testing.assert_allclose(np.stack(hidden), alone[-slots:], atol=5e-6)
+
+
+def test_layers_one_after_the_other_equal_the_scan():
+  config = dataclasses.replace(TINY, tie_embeddings=False, qk_norm=True)
+  params = make(config)
+  apart = unstack_layers(params)
+  tokens = jnp.asarray(np.stack(rows(6, 6)))
+  lengths = jnp.array([6, 4])
+  outs = []
+  for weights in (params, apart):
+    read = jax.jit(prefill, static_argnames="config")(
+      weights, tokens, config, lengths=lengths
+    )
+    grown = jax.jit(apply_branches, static_argnames="config")(
+      weights,
+      jnp.asarray([[1], [2], [3], [4]]),
+      config,
+      shared=(Shared(read.cache, lengths),),
+      local=init_cache(config, 4, 3),
+      slot=1,
+      counts=jnp.array([0, 1, 1, 0]),
+    )
+    outs.append((read.hidden[:, :4], read.cache, grown))
+  jax.tree.map(
+    lambda one, two: np.testing.assert_allclose(one, two, atol=2e-6), *outs
+  )
+  with pytest.raises(ValueError, match="params: expected stacked layers"):
+    apply(apart, tokens, config)
 
 
 def assert_near(got, want):
