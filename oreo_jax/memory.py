@@ -8,6 +8,7 @@ devices work with.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -30,6 +31,20 @@ def waits(x: Any) -> bool:
   """Returns whether an array, or an abstract one, is in a host's memory."""
   sharding = getattr(x, "sharding", None)
   return getattr(sharding, "memory_kind", None) == _KIND
+
+
+def bytes_on_device(tree: Any, *, waiting: bool = False) -> int:
+  """Returns the bytes of a tree's shards on one device.
+
+  Args:
+    tree: arrays, or abstract ones, with shardings.
+    waiting: count what is on the host for that device, and nothing else.
+  """
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+    if waits(leaf) == waiting
+  )
 
 
 def fetch(tree: Any, *, after: Any = ()) -> Any:

@@ -265,7 +265,9 @@ def _shards_of_processes(mesh: Mesh) -> dict[int, tuple[int, ...]]:
   }
 
 
-def constrain_batch(x: jax.Array, dim: int = 0) -> jax.Array:
+def constrain_batch(
+  x: jax.Array, dim: int = 0, *, heads: int | None = None
+) -> jax.Array:
   """Pins dimension `dim` to the batch axes of the mesh in force, if any.
 
   Without the pin, a weight split over `fsdp` can pull the activations into
@@ -273,12 +275,23 @@ def constrain_batch(x: jax.Array, dim: int = 0) -> jax.Array:
   not divide over the batch axes are **not** pinned and may cost just that, in
   time and memory: callers round their batches up to a multiple of
   `batch_shards`.
+
+  Args:
+    x: an array, whose other dimensions are made whole on every device.
+    dim: the dimension of the rows.
+    heads: the dimension of key and value heads, if any. It is split as these
+      are, over `tensor` where that divides it.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or x.shape[dim] % batch_shards(mesh):
     return x
-  spec = PartitionSpec(*(None,) * dim, batch_axes(mesh))
-  return jax.lax.with_sharding_constraint(x, spec)
+  spec: list[Any] = [None] * x.ndim
+  spec[dim] = batch_axes(mesh)
+  axis = RULES["kv_heads"]
+  if heads is not None and axis in free_axes(mesh):
+    if x.shape[heads] % mesh.shape[axis] == 0:
+      spec[heads] = axis
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def shard_batch(batch: Any, mesh: Mesh, *, rows: int | None = None) -> Any:

@@ -14,8 +14,9 @@ import jax
 from oreo_jax import chips
 from oreo_jax.aot import costs as counting
 from oreo_jax.aot import groups, hlo, roofline, topology
-from oreo_jax.aot.program import PROGRAMS, Program, bytes_on_device
-from oreo_jax.config import Config, ConfigError
+from oreo_jax.aot.program import PROGRAMS, Program
+from oreo_jax.config import Config
+from oreo_jax.memory import bytes_on_device
 from oreo_jax.sharding import make_mesh
 
 # Lines of the compiler's message that are kept.
@@ -40,12 +41,12 @@ def compile_program(config: Config) -> dict[str, Any]:
   """
   settings = config.aot
   machine = topology.parse(settings.topology, settings.num_slices)
-  chip = _chip(config, machine)
+  chip = topology.chip_of(config, machine)
   devices = topology.find_devices(machine)
   mesh = make_mesh(config.mesh, devices)
   program = PROGRAMS[settings.what](config, mesh)
   per_chip = max(len(devices) // machine.num_chips, 1)
-  limit = settings.hbm_gib * chips.GIB or (chip.hbm_bytes if chip else 0.0)
+  limit = topology.memory_of(config, len(devices))
   arguments = {
     name: bytes_on_device(tree) for name, tree in program.arguments.items()
   }
@@ -57,7 +58,7 @@ def compile_program(config: Config) -> dict[str, Any]:
     "chip": chip.name if chip else "",
     "what": settings.what,
     "flags": flags_of(config),
-    "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+    "mesh": {axis: int(size) for axis, size in program.mesh.shape.items()},
     "tokens": program.tokens,
     "model_flops": program.model_flops,
     "compiler": _compiler(machine),
@@ -67,10 +68,10 @@ def compile_program(config: Config) -> dict[str, Any]:
       "arguments": arguments,
       "arguments_total": sum(arguments.values()),
       "on_host": bytes_on_device(program.arguments, waiting=True),
-      "limit": limit / per_chip,
+      "limit": limit,
     },
   }
-  if limit and sum(arguments.values()) > limit / per_chip:
+  if limit and sum(arguments.values()) > limit:
     return answer | {
       "fits": False,
       "message": "the arguments alone are more than the chip's memory",
@@ -81,14 +82,13 @@ def compile_program(config: Config) -> dict[str, Any]:
       # See `_text`.
       options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     return _compiled(
-      answer, program, mesh, chip, per_chip, options, pathlib.Path(folder)
+      answer, program, chip, per_chip, options, pathlib.Path(folder)
     )
 
 
 def _compiled(
   answer: dict[str, Any],
   program: Program,
-  mesh: Any,
   chip: chips.Chip | None,
   per_chip: int,
   options: dict[str, Any],
@@ -122,7 +122,7 @@ def _compiled(
     }
   costs = counting.count(
     hlo.parse(text),
-    groups.Slices([_slice_of(device) for device in mesh.devices.flat]),
+    groups.Slices([_slice_of(device) for device in program.mesh.devices.flat]),
     loop_lengths=program.loop_lengths,
   )
   answer = answer | {
@@ -178,18 +178,6 @@ def flags_of(config: Config) -> list[str]:
     f"--config.model.remat={config.model.remat}",
     f"--config.model.attention_block={config.model.attention_block}",
   ]
-
-
-def _chip(config: Config, machine: topology.Topology) -> chips.Chip | None:
-  name = config.aot.chip
-  if not name:
-    return machine.chip
-  if name not in chips.CHIPS:
-    raise ConfigError(
-      f"config.aot.chip: expected one of {', '.join(chips.CHIPS)}, got "
-      f"{name!r}: set --config.aot.chip=..."
-    )
-  return chips.CHIPS[name]
 
 
 def _text(executable: Any, dump: pathlib.Path) -> str:

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from oreo_jax import data, memory, models, train
+from oreo_jax import data, models, train
+from oreo_jax.aot import topology
 from oreo_jax.config import Config, ModelConfig
 from oreo_jax.decode.beam import run_plan
 from oreo_jax.decode.generate import run_batch
+from oreo_jax.decode.layout import Layout, make_layout
 from oreo_jax.decode.sampling import Sampler, sampling_rows
 from oreo_jax.decode.scores import by_value
 from oreo_jax.decode.step import Plan
@@ -47,6 +49,7 @@ class Program(NamedTuple):
   arguments: Mapping[str, Any]  # trees of abstract arrays, by what they are
   model_flops: float  # what the mathematics needs, for all chips together
   tokens: int  # that one call works through
+  mesh: Mesh  # that it runs on
   # How often loops run whose end depends on data, from the outermost inwards.
   loop_lengths: tuple[int, ...] = ()
 
@@ -104,6 +107,7 @@ def train_program(config: Config, mesh: Mesh) -> Program:
     },
     sum(step_flops(setup, stage.batch_size, config.data.row_length).values()),
     stage.batch_size * config.data.row_length,
+    mesh,
     # The output head skips blocks without an action: here every token is one.
     loop_lengths=(head_blocks,),
   )
@@ -117,12 +121,14 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
 
   Args:
     config: with its architecture and the size of its vocabulary.
-    mesh: of devices that need not exist.
+    mesh: of training; the policy is laid out to sample. Its devices need not
+      exist.
   """
-  settings, model = config.collect, config.model
-  policy = _abstract_policy(config, mesh)
+  settings = config.collect
+  layout = _sampling_layout(config, mesh, ("lm",))
+  policy, model = layout.shapes(), layout.model
   count = max(settings.batch_size // settings.samples, 1)
-  batch = _prompts(config, mesh, count, settings.max_new_tokens)
+  batch = _prompts(config, layout.mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   rows = prompts * settings.samples
   sampler = Sampler(
@@ -134,7 +140,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
   )
 
   def lower() -> Any:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(layout.mesh):
       return run_batch.lower(
         policy,
         *batch,
@@ -153,6 +159,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
     # Attention left out. The head reads the answers alone.
     2.0 * (layers * (tokens + prompts * room) + head * tokens),
     tokens,
+    layout.mesh,
     loop_lengths=(settings.max_new_tokens,),
   )
 
@@ -166,14 +173,15 @@ def search_program(config: Config, mesh: Mesh) -> Program:
 
   Args:
     config: with its architecture and the size of its vocabulary.
-    mesh: of devices that need not exist.
+    mesh: of training, as for `decode_program`.
   """
-  settings, model = config.evaluate, config.model
-  policy = _abstract_policy(config, mesh)
-  critic = _abstract_policy(config, mesh, head="value")
+  settings = config.evaluate
+  layout = _sampling_layout(config, mesh, ("lm", "value"))
+  policy, critic = layout.shapes(), layout.shapes("value")
+  model = layout.model
   beams = max(settings.budgets)
   count = max(settings.batch_size // beams**2, 1)
-  batch = _prompts(config, mesh, count, settings.max_new_tokens)
+  batch = _prompts(config, layout.mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   key = jax.eval_shape(lambda: jax.random.key(0))
   problems = jax.ShapeDtypeStruct((prompts,), jnp.int32)
@@ -182,7 +190,7 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   )
   # Automata of the delimiters that a config can name have up to 4 states.
   table: Any = jax.ShapeDtypeStruct(
-    (4, model.vocab_size), jnp.int8, sharding=replicated(mesh)
+    (4, model.vocab_size), jnp.int8, sharding=replicated(layout.mesh)
   )
   plan = Plan(
     policy=policy,
@@ -205,7 +213,7 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   )
 
   def lower() -> Any:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(layout.mesh):
       return run_plan.lower(plan, *batch, problems)
 
   step_tokens = min(
@@ -224,7 +232,21 @@ def search_program(config: Config, mesh: Mesh) -> Program:
     # Both networks read all, and the policy's head what it proposes.
     2.0 * (2 * layers * (tokens + read) + head * tokens),
     tokens,
+    layout.mesh,
     loop_lengths=(settings.max_steps, step_tokens),
+  )
+
+
+def _sampling_layout(
+  config: Config, mesh: Mesh, heads: tuple[str, ...]
+) -> Layout:
+  """Lays weights out as the stages do, for the memory of `config.aot`."""
+  return make_layout(
+    config.model,
+    mesh,
+    config.sampling,
+    heads=heads,
+    memory=topology.memory_of(config, mesh.devices.size) or math.inf,
   )
 
 
@@ -252,23 +274,9 @@ def _weights(policy: Any, model: ModelConfig) -> tuple[int, int]:
   return total - embeddings, head
 
 
-def bytes_on_device(tree: Any, *, waiting: bool = False) -> int:
-  """Returns the bytes of a tree's shards on one device.
-
-  Args:
-    tree: abstract arrays with shardings.
-    waiting: count what is on the host for that device, and nothing else.
-  """
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-    if memory.waits(leaf) == waiting
-  )
-
-
-def _abstract_policy(config: Config, mesh: Mesh, head: str = "lm") -> Any:
-  shapes = models.abstract_params(config.model, head=head)
-  axes = models.logical_axes(config.model, head=head)
+def _abstract_policy(config: Config, mesh: Mesh) -> Any:
+  shapes = models.abstract_params(config.model)
+  axes = models.logical_axes(config.model)
   shardings = shardings_of(axes, shapes, mesh)
   return abstract_like(shapes, shardings)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from oreo_jax import chips
-from oreo_jax.config import ConfigError
+from oreo_jax.config import Config, ConfigError
 
 CPU = "cpu"
 TPUS = ("v4", "v5e", "v5p", "v6e")
@@ -80,6 +80,36 @@ def parse(name: str, num_slices: int = 1) -> Topology:
       "--num_slices=1, or name a TPU with --topology=v5e:4x4"
     )
   return Topology(kind, shape, num_slices)
+
+
+def chip_of(config: Config, topology: Topology) -> chips.Chip | None:
+  """Returns whose peaks `config.aot` measures by; None: there are none.
+
+  Raises:
+    ConfigError: if `config.aot.chip` names no chip.
+  """
+  name = config.aot.chip
+  if not name:
+    return topology.chip
+  if name not in chips.CHIPS:
+    raise ConfigError(
+      f"config.aot.chip: expected one of {', '.join(chips.CHIPS)}, got "
+      f"{name!r}: set --config.aot.chip=..."
+    )
+  return chips.CHIPS[name]
+
+
+def memory_of(config: Config, devices: int) -> float:
+  """Returns the bytes that a program may take on a device; 0: any.
+
+  Args:
+    config: its section `aot` names the machine.
+    devices: of the machine; a chip may be several.
+  """
+  machine = parse(config.aot.topology, config.aot.num_slices)
+  chip = chip_of(config, machine)
+  limit = config.aot.hbm_gib * chips.GIB or (chip.hbm_bytes if chip else 0.0)
+  return limit / max(devices // machine.num_chips, 1)
 
 
 def environment(topology: Topology) -> dict[str, str]:

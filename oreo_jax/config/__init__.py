@@ -28,6 +28,7 @@ from oreo_jax.config.networks import (
   LoraConfig,
   MeshConfig,
   ModelConfig,
+  SamplingConfig,
   computed_like,
 )
 from oreo_jax.config.stages import (
@@ -79,6 +80,7 @@ __all__ = [
   "MeshConfig",
   "MethodConfig",
   "ModelConfig",
+  "SamplingConfig",
   "SftConfig",
   "StageConfig",
   "TaskConfig",
@@ -109,6 +111,7 @@ class Config(Section):
   critic: CriticConfig = section(CriticConfig)
   lora: LoraConfig = section(LoraConfig)
   mesh: MeshConfig = section(MeshConfig)
+  sampling: SamplingConfig = section(SamplingConfig)
   task: TaskConfig = section(TaskConfig)
   data: DataConfig = section(DataConfig)
   sft: SftConfig = section(SftConfig)

@@ -121,6 +121,21 @@ class MeshConfig(Section):
       )
 
 
+@dataclasses.dataclass(unsafe_hash=True)
+class SamplingConfig(Section):
+  """How weights lie while they sample and search, whatever the training mesh.
+
+  They are laid out once, before the first token: see `decode.layout`.
+  """
+
+  # Devices that share a copy of the weights; 0: as few as have room for it.
+  tensor: int = 0
+  # Fraction of a device's memory that weights may take. The rest is for caches.
+  weights_share: float = setting(0.5, above=0, high=1)
+  # What is computed in, and held: weights and caches; auto: model.dtype.
+  dtype: str = choice("auto", *DTYPES)
+
+
 def computed_like(ours: ModelConfig, architecture: ModelConfig) -> ModelConfig:
   """Returns an architecture, computed in the way that `ours` is.
 

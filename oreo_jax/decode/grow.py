@@ -18,7 +18,6 @@ from oreo_jax.decode.sampling import Sampling, draw
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.stops import advance as read_stops
 from oreo_jax.models import Cache, Params, Shared
-from oreo_jax.sharding import constrain_batch
 
 
 class Rows(NamedTuple):
@@ -70,7 +69,6 @@ def start_rows(
     stop_state: i32[R], of the automaton at that token; its start by default.
   """
   rows = fed.shape[0]
-  empty = models.init_cache(config, rows, slots)
   none = jnp.zeros(rows, bool)
   return Rows(
     keys=keys,
@@ -85,7 +83,7 @@ def start_rows(
     stop_state=jnp.zeros_like(fed) if stop_state is None else stop_state,
     active=limits > 0,
     steps=jnp.zeros((), jnp.int32),
-    cache=Cache(*(constrain_batch(x, dim=1) for x in empty)),
+    cache=models.init_cache(config, rows, slots),
   )
 
 

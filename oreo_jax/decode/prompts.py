@@ -66,6 +66,5 @@ def read_prompts(
   prompts, lengths = constrain_batch(prompts), constrain_batch(lengths)
   out = models.prefill(params, prompts, config, lengths=lengths)
   # It gives a cache.
-  cache = cast(Cache, out.cache)
-  cache = Cache(*(constrain_batch(x, dim=1) for x in cache))
+  cache = models.constrain_cache(cast(Cache, out.cache))
   return out.hidden, Shared(cache, lengths)

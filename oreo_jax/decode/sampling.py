@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oreo_jax.settings import Limits, positive, setting
+from oreo_jax.sharding import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +279,9 @@ def _row_sums(x: jax.Array) -> jax.Array:
   # A vocabulary that is split over up to 16 devices is added up where it is.
   pieces = math.gcd(x.shape[1], 16)
   x = x.reshape(x.shape[0], pieces, -1)
-  return _halve(_halve(x))
+  # The sums of the pieces meet on every device in one gather. Left where they
+  # are, each halving would send them again.
+  return _halve(constrain_batch(_halve(x)))
 
 
 def _halve(x: jax.Array) -> jax.Array:

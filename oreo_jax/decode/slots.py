@@ -37,6 +37,28 @@ class Slots(NamedTuple):
   rows: Rows
 
 
+def _pinned(state: Slots) -> Slots:
+  """Pins groups and rows to the devices, in every program to the same ones.
+
+  Where one program left an array elsewhere than the last one had, the next
+  would be compiled again.
+  """
+  rows = state.rows
+  pinned = jax.tree.map(
+    lambda x: constrain_batch(x) if x.ndim else x,
+    # A cache has its rows in another dimension.
+    rows._replace(cache=Cache(rows.fed, rows.fed)),
+  )
+  return Slots(
+    jax.tree.map(constrain_batch, state.prompts),
+    Shared(
+      models.constrain_cache(state.shared.cache),
+      constrain_batch(state.shared.lengths),
+    ),
+    pinned._replace(cache=models.constrain_cache(rows.cache)),
+  )
+
+
 class Begin(NamedTuple):
   """The answers of R rows, and which of them begin now."""
 
@@ -91,13 +113,10 @@ def empty_slots(
   count = groups * rows_per_group
   none = jnp.zeros(count, jnp.int32)
   zero = jnp.zeros(count, jnp.float32)
-  lengths = constrain_batch(jnp.zeros(groups, jnp.int32))
-  cache = models.init_cache(config, groups, room)
-  return Slots(
-    prompts=Text(
-      constrain_batch(jnp.zeros((groups, room), jnp.int32)), lengths
-    ),
-    shared=Shared(Cache(*(constrain_batch(x, dim=1) for x in cache)), lengths),
+  lengths = jnp.zeros(groups, jnp.int32)
+  state = Slots(
+    prompts=Text(jnp.zeros((groups, room), jnp.int32), lengths),
+    shared=Shared(models.init_cache(config, groups, room), lengths),
     rows=start_rows(
       config,
       keys=row_keys(key, none, none),
@@ -107,6 +126,7 @@ def empty_slots(
       slots=slots,
     ),
   )
+  return _pinned(state)
 
 
 @functools.partial(
@@ -145,7 +165,7 @@ def read_into(
     put(pool, new)
     for pool, new in zip(state.shared.cache, read.cache, strict=True)
   )
-  return state._replace(
+  state = state._replace(
     prompts=Text(
       state.prompts.tokens.at[groups, :width].set(tokens, mode="drop"),
       put_lengths(state.prompts.lengths, lengths),
@@ -154,6 +174,7 @@ def read_into(
       Cache(*cache), put_lengths(state.shared.lengths, read.lengths)
     ),
   )
+  return _pinned(state)
 
 
 @functools.partial(
@@ -221,7 +242,7 @@ def turn(
     most_steps=most_steps,
     enough=enough,
   )
-  return state._replace(rows=rows), Report(rows.active, rows.steps)
+  return _pinned(state._replace(rows=rows)), Report(rows.active, rows.steps)
 
 
 @jax.jit

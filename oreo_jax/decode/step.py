@@ -19,7 +19,6 @@ from oreo_jax.decode.scores import Candidates, Score
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.suffixes import append, pick, pick_rows
 from oreo_jax.models import Cache, Params, Shared
-from oreo_jax.sharding import constrain_batch
 
 _static = functools.partial(dataclasses.field, metadata={"static": True})
 
@@ -147,8 +146,7 @@ def start_beams(
 
 
 def _empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
-  empty = models.init_cache(config, rows, slots)
-  return Cache(*(constrain_batch(x, dim=1) for x in empty))
+  return models.init_cache(config, rows, slots)
 
 
 def advance(state: Beams, plan: Plan) -> Beams:

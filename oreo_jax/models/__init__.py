@@ -1,7 +1,7 @@
 """Decoder models as pure functions of nested dicts of arrays."""
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.models.cache import Cache, Shared, init_cache
+from oreo_jax.models.cache import Cache, Shared, constrain_cache, init_cache
 from oreo_jax.models.functional import (
   Output,
   Params,
@@ -42,6 +42,7 @@ __all__ = [
   "add_adapters",
   "apply",
   "apply_branches",
+  "constrain_cache",
   "count_params",
   "fold_multipliers",
   "head_matrix",

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from oreo_jax.config import ModelConfig
+from oreo_jax.sharding import constrain_batch
 
 
 class Cache(NamedTuple):
@@ -52,7 +53,16 @@ def init_cache(
     config.head_dim,
   )
   empty = jnp.zeros(shape, dtype or config.dtype)
-  return Cache(empty, jnp.copy(empty))
+  return constrain_cache(Cache(empty, jnp.copy(empty)))
+
+
+def constrain_cache(cache: Cache) -> Cache:
+  """Pins rows to the batch axes of the mesh, and heads to `tensor`.
+
+  A device then holds the keys of the heads that it computes, and nothing of a
+  cache is gathered.
+  """
+  return Cache(*(constrain_batch(x, dim=1, heads=2) for x in cache))
 
 
 def put(cache: jax.Array, new: jax.Array, layer: jax.Array, slot: jax.Array):

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from oreo_jax import data
 from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import Config
@@ -124,19 +126,21 @@ def measure(branch: Branch, stage: str, split: str) -> dict[str, Any]:
   if branch.is_done(MEASURES[split]):
     return branch.record(split)
   task = branch.need_task("a held-out accuracy needs problems")
+  layout = branch.layout("lm")
   exam = Exam(
     task.problems(split, branch.problem_count(split) or None),
     task,
     branch.codec,
-    branch.config.model,
+    layout.model,
     branch.config.evaluate,
   )
   stage_run = branch.begin(MEASURES[split])
   place = branch.directory
-  answers = exam.answer(
-    Origin(branch, stage).policy(),
-    f"{place.parent.name}/{place.name}, {split}",
-  )
+  with jax.set_mesh(layout.mesh):
+    answers = exam.answer(
+      layout.place(Origin(branch, stage).policy()),
+      f"{place.parent.name}/{place.name}, {split}",
+    )
   correct, total = int(answers.rewards.sum()), len(answers.rewards)
   stage_run.done(
     accuracy=correct / total,
@@ -161,6 +165,6 @@ def _measured_records(workspace: Workspace) -> Mapping[str, pathlib.Path]:
 # The accuracy of one policy on a split whose answers nobody trains on; a part
 # of `iterate` and `compare`. Which policy it was follows from the records.
 MEASURES = {
-  split: Work(split, ("task", "data"), _measured_records)
+  split: Work(split, ("task", "data", "sampling"), _measured_records)
   for split in ("validation", "test")
 }

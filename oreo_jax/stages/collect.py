@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -35,26 +36,28 @@ def collect(workspace: Workspace) -> None:
   stage_run = workspace.begin(COLLECT)
   graded_before = grading_counts(task)
   folder = workspace.path("collect")
-  collected = collect_answers(
-    workspace.start_policy(),
-    problems,
-    task,
-    workspace.codec,
-    workspace.config.model,
-    folder / "answers",
-    seed=settings.seed,
-    num_samples=settings.samples,
-    max_new_tokens=settings.max_new_tokens,
-    slots=settings.batch_size,
-    sampler=decode.Sampler(
-      settings.temperature,
-      settings.top_k,
-      settings.top_p,
-      settings.min_p,
-      settings.repetition_penalty,
-    ),
-    first_number=settings.skip,
-  )
+  layout = workspace.layout("lm")
+  with jax.set_mesh(layout.mesh):
+    collected = collect_answers(
+      layout.place(workspace.start_policy()),
+      problems,
+      task,
+      workspace.codec,
+      layout.model,
+      folder / "answers",
+      seed=settings.seed,
+      num_samples=settings.samples,
+      max_new_tokens=settings.max_new_tokens,
+      slots=settings.batch_size,
+      sampler=decode.Sampler(
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        settings.min_p,
+        settings.repetition_penalty,
+      ),
+      first_number=settings.skip,
+    )
   sampled = collected.trajectories
   chosen = (
     construct.select_balanced(sampled, seed=settings.seed)
@@ -86,7 +89,7 @@ COLLECT = Stage(
   name="collect",
   summary="samples and grades trajectories",
   run=run,
-  settings=("seed", "init", "model", "task", "data", "collect"),
+  settings=("seed", "init", "model", "task", "data", "collect", "sampling"),
   reads=_reads,
   leaves=lambda config: ("collect",),
 )

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -26,6 +27,7 @@ from oreo_jax.analysis.results import (
 )
 from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import Config, ConfigError
+from oreo_jax.decode.layout import Layout
 from oreo_jax.models import Params
 from oreo_jax.rollout import grading_counts, methods
 from oreo_jax.rollout.example import worked_example
@@ -95,11 +97,12 @@ def _evaluate_task(
   stages = trained_stages(config, workspace)
   if not stages:
     raise ConfigError(f"no trained model in {workspace.directory}: train first")
+  layout = workspace.layout("lm", "value")
   exam = methods.Exam(
     task.problems(settings.split, settings.problems or None),
     task,
     workspace.codec,
-    config.model,
+    layout.model,
     settings,
   )
   stage_run = workspace.begin(EVALUATE)
@@ -107,23 +110,10 @@ def _evaluate_task(
   rows: list[dict[str, Any]] = []
   judged: dict[str, Any] = {}
   for stage in stages:
-    roles = workspace.roles(stage)
-    label = OBJECTIVES[stage].label
-    # The objective `value` leaves the policy as it was.
-    policy = (
-      workspace.load_model(stage, "policy")[0]
-      if "policy" in roles
-      else workspace.start_policy()
-    )
-    outcomes = methods.plain_methods(policy, label, exam)
-    if "critic" in roles:
-      judge = _judge(workspace, stage)
-      outcomes += methods.sampled_methods(policy, judge, label, exam)
-      if judge is not None:
-        outcomes += methods.beam_methods(policy, judge, label, exam)
-        if stage == config.train.objective:
-          judged = _judge_values(workspace, exam, policy, judge)
+    with jax.set_mesh(layout.mesh):
+      outcomes, analysis = _examine(workspace, exam, layout, stage)
     rows += [_row(outcome, stage) for outcome in outcomes]
+    judged |= analysis
   timings = _timings(workspace, ("sft", "collect", *stages))
   results = {
     "task": task.name,
@@ -142,7 +132,37 @@ def _evaluate_task(
   return written
 
 
-def _judge(workspace: Workspace, stage: str) -> methods.Judge | None:
+def _examine(
+  workspace: Workspace, exam: methods.Exam, layout: Layout, stage: str
+) -> tuple[list[methods.Outcome], dict[str, Any]]:
+  """Has the policy of a stage answer, and its value network choose.
+
+  Returns:
+    The outcomes, and what the values are worth if the stage is the objective's.
+  """
+  roles, label = workspace.roles(stage), OBJECTIVES[stage].label
+  # The objective `value` leaves the policy as it was.
+  policy = layout.place(
+    workspace.load_model(stage, "policy")[0]
+    if "policy" in roles
+    else workspace.start_policy()
+  )
+  outcomes = methods.plain_methods(policy, label, exam)
+  if "critic" not in roles:
+    return outcomes, {}
+  judge = _judge(workspace, layout, stage)
+  outcomes += methods.sampled_methods(policy, judge, label, exam)
+  if judge is None:
+    return outcomes, {}
+  outcomes += methods.beam_methods(policy, judge, label, exam)
+  if stage != workspace.config.train.objective:
+    return outcomes, {}
+  return outcomes, _judge_values(workspace, exam, layout, policy, judge)
+
+
+def _judge(
+  workspace: Workspace, layout: Layout, stage: str
+) -> methods.Judge | None:
   """Returns a stage's value network, None where it cannot rank answers."""
   trained = workspace.record(stage)["settings"]["train"]
   if trained["granularity"] == "response":
@@ -154,7 +174,7 @@ def _judge(workspace: Workspace, stage: str) -> methods.Judge | None:
     )
     return None
   return methods.Judge(
-    workspace.load_model(stage, "critic")[0],
+    layout.place(workspace.load_model(stage, "critic")[0]),
     trained["granularity"],
     trained["reward_scale"],
     trained["reward_offset"],
@@ -194,6 +214,7 @@ def _timings(workspace: Workspace, stages: Sequence[str]) -> dict[str, float]:
 def _judge_values(
   workspace: Workspace,
   exam: methods.Exam,
+  layout: Layout,
   policy: Params,
   judge: methods.Judge,
 ) -> dict[str, Any]:
@@ -242,14 +263,14 @@ def _judge_values(
   scale, offset = judge.reward_scale, judge.reward_offset
   example = worked_example(
     policy,
-    workspace.start_policy(),
+    layout.place(workspace.start_policy()),
     few.problems[first],
     generation.answers()[row],
     (along[row] - offset) / scale,
     float(answers.rewards[row]),
     workspace.codec,
-    config.model,
-    workspace.mesh,
+    few.config,
+    layout.mesh,
     beta=config.train.beta / scale,
   )
   return {"values": analysis, "example": example}
@@ -287,7 +308,7 @@ EVALUATE = Stage(
   name="evaluate",
   summary="compares every method on held-out problems",
   run=run,
-  settings=("task", "data", "evaluate"),
+  settings=("task", "data", "evaluate", "sampling"),
   reads=_reads,
   leaves=lambda config: ("evaluate", "results.json", "report.html"),
 )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+
 from oreo_jax import decode, models
 from oreo_jax.config import Config, ConfigError, GenerateConfig, ModelConfig
+from oreo_jax.decode.layout import Layout
 from oreo_jax.models import Params
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.workspace import Workspace
@@ -19,11 +22,13 @@ def run(workspace: Workspace, say: Say) -> None:
     raise ConfigError("--prompt=TEXT is needed (--config.generate.prompt)")
   if workspace.config.data.chat:
     prompt = [{"role": "user", "content": settings.prompt}]
-  engine = _engine(workspace)
-  STRATEGIES[settings.strategy](engine, prompt, settings, say)
+  layout = workspace.layout("lm", "value")
+  with jax.set_mesh(layout.mesh):
+    engine = _engine(workspace, layout)
+    STRATEGIES[settings.strategy](engine, prompt, settings, say)
 
 
-def _engine(workspace: Workspace) -> decode.Engine:
+def _engine(workspace: Workspace, layout: Layout) -> decode.Engine:
   """Returns the checkpoint's models, or those that training left here."""
   config = workspace.config
   objective = config.train.objective
@@ -34,10 +39,14 @@ def _engine(workspace: Workspace) -> decode.Engine:
     if "policy" in roles
     else (workspace.start_policy(), config.model)
   )
+  layout = layout.of(model)
   critic, critic_model = _critic(workspace, objective, roles)
+  if critic is not None and critic_model is not None:
+    critic_layout = layout.of(critic_model)
+    critic, critic_model = critic_layout.place(critic), critic_layout.model
   return decode.Engine(
-    policy,
-    model,
+    layout.place(policy),
+    layout.model,
     workspace.tokenizer,
     critic=critic,
     critic_config=critic_model,

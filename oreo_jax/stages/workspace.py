@@ -33,6 +33,7 @@ from oreo_jax.config import (
   save_config,
   to_dict,
 )
+from oreo_jax.decode.layout import Layout, make_layout
 from oreo_jax.models import Params
 from oreo_jax.models.hf.load import load_eos_ids, load_hf_config
 from oreo_jax.rollout import Codec
@@ -67,6 +68,8 @@ _NO_MATTER = (
   "loss_keep",
   "profile",
   "path",
+  "tensor",
+  "weights_share",
   *HOW_IT_RUNS,
 )
 
@@ -331,6 +334,15 @@ class Workspace:
   def load_model(self, folder: str, role: str) -> tuple[Params, ModelConfig]:
     """Reads one model of a finished stage, straight into its shards."""
     return load_model(self.path(folder), role, self.config.model, self.mesh)
+
+  def layout(self, *heads: str) -> Layout:
+    """Returns how networks with these heads lie while they sample together.
+
+    Args:
+      *heads: "lm" for the policy, "value" for a value network.
+    """
+    config = self.config
+    return make_layout(config.model, self.mesh, config.sampling, heads=heads)
 
   def start_record(self) -> pathlib.Path:
     """Returns the record of the policy training starts from.

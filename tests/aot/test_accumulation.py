@@ -4,6 +4,7 @@ import dataclasses
 
 from aot.tiny_step import maze_config
 
+from oreo_jax import memory
 from oreo_jax.aot import costs, groups, hlo, program
 from oreo_jax.config import MeshConfig
 from oreo_jax.sharding import make_mesh
@@ -28,7 +29,7 @@ def test_gradients_cross_the_data_axes_once_a_step():
   ]
   assert crossing and all(item.times == 1 for item in crossing)
   gradients = sum(
-    program.bytes_on_device(tree)
+    memory.bytes_on_device(tree)
     for name, tree in made.arguments.items()
     if name.startswith("weights")
   )

@@ -21,6 +21,7 @@ from oreo_jax.config import (
 )
 from oreo_jax.data import TrajectoryError
 from oreo_jax.decode import Sampler
+from oreo_jax.decode.layout import Layout
 from oreo_jax.stages import collect, fitting, sft, train
 from oreo_jax.stages.records import check_identity
 from oreo_jax.stages.sft import SFT
@@ -120,6 +121,7 @@ def test_answers_are_drawn_as_the_settings_say(tmp_path, monkeypatch):
 
   monkeypatch.setattr(collect, "collect_answers", collect_answers)
   monkeypatch.setattr(Workspace, "start_policy", lambda self: {})
+  monkeypatch.setattr(Layout, "place", lambda self, params: params)
   config = tiny_run(
     collect=CollectConfig(
       problems=2,
