@@ -22,9 +22,10 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
+
+from sides import Side, answers
 
 SIDES = ("ours", "torch")
 WARM_UP = 1  # steps at the start of each turn that are not timed
@@ -32,50 +33,9 @@ TURN = 3  # timed steps of a turn
 TOLERANCE = 1e-4  # on the loss
 
 
-class Side:
-  """A process that holds one side's networks and does steps when asked."""
-
-  def __init__(self, side: str, size: str, threads: int):
-    self._process = subprocess.Popen(
-      [sys.executable, __file__, "--serve", side, size, str(threads)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    self._name = side
-    self.facts = self._answer()
-
-  def ask(self, request: str) -> dict:
-    """Sends a request, "step" or "end", and waits for the answer."""
-    self._process.stdin.write(request + "\n")
-    self._process.stdin.flush()
-    return self._answer()
-
-  def _answer(self) -> dict:
-    line = self._process.stdout.readline()
-    if not line:
-      code = self._process.wait()
-      raise SystemExit(f"the side {self._name!r} ended with code {code}")
-    return json.loads(line)
-
-  def close(self) -> None:
-    """Ends the process."""
-    self._process.kill()
-    self._process.wait()
-
-
 def serve(side: str, size: str, threads: int) -> None:
   """Is the process of a side: does steps for the one that started it."""
-  # Both libraries size their pools of threads by the cores they may use.
-  if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:threads])
-  answers, sys.stdout = sys.stdout, sys.stderr
-
-  def answer(**facts) -> None:
-    answers.write(json.dumps(facts) + "\n")
-    answers.flush()
-
+  answer = answers(threads)
   from step_case import CASES
 
   if side == "ours":
@@ -107,7 +67,7 @@ def measure(size: str, repeats: int, threads: int) -> dict:
   try:
     for name in SIDES:
       say(f"{size}: making {name}")
-      sides[name] = Side(name, size, threads)
+      sides[name] = Side(name, __file__, size, str(threads))
     steps, timed = ({name: [] for name in SIDES} for _ in range(2))
     turns = -(-repeats // TURN)
     for turn in range(turns):
