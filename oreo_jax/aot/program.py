@@ -13,19 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from oreo_jax import data, models, train
 from oreo_jax.aot import topology
 from oreo_jax.config import Config, ModelConfig
-from oreo_jax.decode.beam import run_plan
+from oreo_jax.decode.admit import empty_beams, rows_dims
 from oreo_jax.decode.generate import run_batch
 from oreo_jax.decode.layout import Layout, make_layout
+from oreo_jax.decode.plan import Strategy, make_plan
 from oreo_jax.decode.sampling import Sampler, sampling_rows
-from oreo_jax.decode.scores import by_value
-from oreo_jax.decode.step import Plan
+from oreo_jax.decode.search import search_round
 from oreo_jax.decode.stops import Stops
 from oreo_jax.sharding import (
+  batch_axes,
   batch_sharding,
   replicated,
   rows_that_divide,
@@ -184,7 +185,6 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   batch = _prompts(config, layout.mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   key = jax.eval_shape(lambda: jax.random.key(0))
-  problems = jax.ShapeDtypeStruct((prompts,), jnp.int32)
   sampler = Sampler(
     settings.temperature, settings.top_k, settings.top_p, settings.min_p
   )
@@ -192,45 +192,55 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   table: Any = jax.ShapeDtypeStruct(
     (4, model.vocab_size), jnp.int8, sharding=replicated(layout.mesh)
   )
-  plan = Plan(
-    policy=policy,
-    critic=critic,
-    stops=Stops(table),
-    key=key,
-    config=model,
-    critic_config=model,
-    beams=beams,
-    max_steps=settings.max_steps,
-    max_step_tokens=min(settings.max_step_tokens, settings.max_new_tokens),
-    max_new_tokens=settings.max_new_tokens,
-    eos_ids=(0,),  # any will do, as in `decode_program`
-    sampling=jax.tree.map(
-      np.squeeze,
-      sampling_rows([sampler]),
+  plan = make_plan(
+    policy,
+    critic,
+    key,
+    model,
+    strategy=Strategy(
+      beams=beams,
+      max_steps=settings.max_steps,
+      max_step_tokens=settings.max_step_tokens,
     ),
-    score=by_value,
+    stops=Stops(table),
+    eos_ids=(0,),  # any will do, as in `decode_program`
+    max_new_tokens=settings.max_new_tokens,
+    sampler=sampler,
     granularity=config.train.granularity,
+  )
+  with jax.set_mesh(layout.mesh):
+    shapes = jax.eval_shape(lambda: empty_beams(plan, prompts, room))
+  axes = batch_axes(layout.mesh)
+  state = jax.tree.map(
+    lambda x, dim: jax.ShapeDtypeStruct(
+      x.shape,
+      x.dtype,
+      sharding=NamedSharding(layout.mesh, PartitionSpec(*(None,) * dim, axes)),
+    ),
+    shapes,
+    rows_dims(shapes),
   )
 
   def lower() -> Any:
     with jax.set_mesh(layout.mesh):
-      return run_plan.lower(plan, *batch, problems)
+      return search_round.lower(
+        plan, state, jax.ShapeDtypeStruct((), jnp.int32)
+      )
 
   step_tokens = min(
-    -(-settings.max_new_tokens // settings.max_steps), plan.max_step_tokens
+    -(-settings.max_new_tokens // settings.max_steps), plan.step_tokens
   )
   tokens = prompts * beams**2 * settings.max_steps * step_tokens
   layers, head = _weights(policy, model)
-  read = prompts * room
   return Program(
     lower,
     {
       "weights of policy": policy,
       "weights of critic": critic,
-      "batch": batch,
+      "slots": state,
     },
     # Both networks read all, and the policy's head what it proposes.
-    2.0 * (2 * layers * (tokens + read) + head * tokens),
+    2.0 * (2 * layers + head) * tokens,
     tokens,
     layout.mesh,
     loop_lengths=(settings.max_steps, step_tokens),

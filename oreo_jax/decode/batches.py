@@ -1,4 +1,4 @@
-"""Many prompts through generation, search and judging, a batch at a time.
+"""Many prompts through generation and judging, a batch at a time.
 
 Prompts are taken by length, so that a batch wastes little room, and the room
 for the prompt is rounded up, so that few shapes are compiled.
@@ -14,7 +14,6 @@ import numpy as np
 from absl import logging
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.decode.beam import Search, step_beam_search
 from oreo_jax.decode.generate import Generation
 from oreo_jax.decode.prompts import Prompts
 from oreo_jax.decode.values import answer_values
@@ -94,7 +93,7 @@ def over_batches(
   Returns:
     The same tree with len(prompts) * rows_per_prompt rows.
   """
-  size = _prompts_a_batch(batch_size // rows_per_prompt, len(prompts))
+  size = prompts_a_batch(batch_size // rows_per_prompt, len(prompts))
   results, order = [], []
   for batch in prompt_batches(prompts, size, prompt_length=prompt_length):
     rows = batch.real * rows_per_prompt
@@ -105,7 +104,7 @@ def over_batches(
   return jax.tree.map(lambda *xs: np.concatenate(xs)[place], *results)
 
 
-def _prompts_a_batch(wanted: int, available: int) -> int:
+def prompts_a_batch(wanted: int, available: int) -> int:
   """Returns how many prompts are decoded together: as wanted, or a few more.
 
   The prompts have to divide over the batch shards of the mesh in force: those
@@ -133,56 +132,6 @@ def _rows_of(indices: np.ndarray, rows_per_prompt: int) -> np.ndarray:
   return (
     indices[:, None] * rows_per_prompt + np.arange(rows_per_prompt)
   ).ravel()
-
-
-def search_all(
-  policy: Params,
-  critic: Params | None,
-  prompts: Prompts,
-  key: jax.Array,
-  config: ModelConfig,
-  *,
-  beams: int,
-  batch_size: int = 512,
-  on_progress: OnProgress = lambda count: None,
-  **options: Any,
-) -> Search:
-  """Searches every prompt; as `step_beam_search`, in the order of `prompts`.
-
-  Args:
-    policy: proposes steps.
-    critic: judges them.
-    prompts: token ids, ragged.
-    key: of the draws; a prompt has its own stream.
-    config: the policy's architecture.
-    beams: B.
-    batch_size: candidates decoded together, B * B a prompt.
-    on_progress: called with the prompts done.
-    **options: of `step_beam_search`.
-
-  Returns:
-    A Search of len(prompts) rows.
-  """
-
-  def run(batch: PromptBatch) -> Search:
-    return step_beam_search(
-      policy,
-      critic,
-      batch.prompts,
-      key,
-      config,
-      beams=beams,
-      prompt_length=batch.room,
-      problems=batch.indices,
-      **options,
-    )
-
-  return over_batches(
-    run,
-    prompts,
-    batch_size=max(batch_size // beams**2, 1),
-    on_progress=on_progress,
-  )
 
 
 def values_all(

@@ -137,6 +137,63 @@ def grow(
   return jax.lax.while_loop(unfinished, body, start)[1]
 
 
+def grow_first(
+  policy: Params,
+  shared: tuple[Shared, ...],
+  texts: tuple[Text, ...],
+  rows: Rows,
+  config: ModelConfig,
+  *,
+  eos_ids: tuple[int, ...],
+  stops: Stops | None = None,
+) -> Rows:
+  """Adds the first token to rows that branch off the texts of the last level.
+
+  Rows that share such a text are fed the same token, which is read once for all
+  of them; `grow` would read it again for every one.
+
+  Args:
+    policy: what tokens are drawn from.
+    shared: levels of older text, at least one.
+    texts: as in `grow`.
+    rows: of `start_rows`.
+    config: the policy's architecture.
+    eos_ids: tokens that end an answer.
+    stops: where a step ends.
+
+  Returns:
+    The rows, each with one token more.
+  """
+  count = rows.fed.shape[0]
+  share = count // shared[-1].lengths.shape[0]
+  out = models.apply_branches(
+    policy,
+    rows.fed[::share, None],
+    config,
+    shared=shared,
+    local=models.init_cache(config, count // share, 1),
+    slot=0,
+  )
+  logits = models.logits(policy, out.hidden[:, 0], config)
+  # It gives a cache back because it got one.
+  read = cast(Cache, out.cache)
+  cache = Cache(
+    *(
+      jax.lax.dynamic_update_slice_in_dim(
+        x, jnp.repeat(new, share, axis=1), 0, axis=3
+      )
+      for x, new in zip(rows.cache, read, strict=True)
+    )
+  )
+  return _draw_token(
+    rows._replace(cache=cache),
+    jnp.repeat(logits, share, axis=0),
+    texts,
+    eos_ids=eos_ids,
+    stops=stops,
+  )
+
+
 def _add_token(
   policy: Params,
   shared: tuple[Shared, ...],
@@ -148,17 +205,31 @@ def _add_token(
   stops: Stops | None,
 ) -> Rows:
   """Feeds every row its last token and draws the next one."""
-  slots = rows.tokens.shape[1]
   out = models.apply_branches(
     policy,
     rows.fed[:, None],
     config,
     shared=shared,
     local=rows.cache,
-    slot=rows.steps % slots,
+    slot=rows.steps % rows.tokens.shape[1],
     counts=rows.lengths,
   )
   logits = models.logits(policy, out.hidden[:, 0], config)
+  # It gives a cache back because it got one.
+  rows = rows._replace(cache=cast(Cache, out.cache))
+  return _draw_token(rows, logits, texts, eos_ids=eos_ids, stops=stops)
+
+
+def _draw_token(
+  rows: Rows,
+  logits: jax.Array,
+  texts: tuple[Text, ...],
+  *,
+  eos_ids: tuple[int, ...],
+  stops: Stops | None,
+) -> Rows:
+  """Draws the next token of every row, after its last one was fed."""
+  slots = rows.tokens.shape[1]
   token, logp = draw(
     rows.keys, rows.lengths, logits, rows.sampling, *_so_far(texts, rows)
   )
@@ -183,8 +254,6 @@ def _add_token(
     stop_state=stop_state,
     active=rows.active & ~ended & ~stopped & (lengths < rows.limits),
     steps=rows.steps + 1,
-    # It gives a cache back because it got one.
-    cache=cast(Cache, out.cache),
   )
 
 

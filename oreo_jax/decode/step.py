@@ -1,67 +1,37 @@
-"""One step of a search: its plan, its state, and `advance` to the next one."""
+"""One step of a search: its state, and `advance` to the next one."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from oreo_jax import models
-from oreo_jax.config import ModelConfig
+from oreo_jax.decode.branches import (
+  Reading,
+  Stems,
+  candidates_of,
+  judge,
+  propose,
+)
 from oreo_jax.decode.duplicates import extend_hashes, is_repeated
-from oreo_jax.decode.grow import Rows, Text, grow, start_rows
-from oreo_jax.decode.prompts import read_prompts
-from oreo_jax.decode.sampling import Sampling, row_keys
-from oreo_jax.decode.scores import Candidates, Score
-from oreo_jax.decode.stops import Stops
-from oreo_jax.decode.suffixes import append, pick, pick_rows
-from oreo_jax.models import Cache, Params, Shared
-
-_static = functools.partial(dataclasses.field, metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What stays the same from step to step; see `step_beam_search`.
-
-  Arrays are traced; the settings are static, and other ones compile anew.
-  """
-
-  policy: Params
-  critic: Params | None
-  stops: Stops
-  key: jax.Array
-  sampling: Sampling  # scalars: how every proposal is drawn
-  config: ModelConfig = _static()
-  critic_config: ModelConfig = _static()
-  beams: int = _static()
-  max_steps: int = _static()
-  max_step_tokens: int = _static()
-  max_new_tokens: int = _static()
-  eos_ids: tuple[int, ...] = _static()
-  score: Score = _static()
-  granularity: str = _static()
-
-
-class Winners(NamedTuple):
-  """The best answer so far of each of Q questions."""
-
-  tokens: jax.Array  # i32[Q, A]; rubbish beyond `lengths`
-  lengths: jax.Array  # i32[Q]
-  logps: jax.Array  # f32[Q, A]
-  finished: jax.Array  # bool[Q], it ends with an end-of-sequence
-  values: jax.Array  # f32[Q], V of it
-  scores: jax.Array  # f32[Q], what it is ranked by; -inf while there is none
+from oreo_jax.decode.grow import Text
+from oreo_jax.decode.lookahead import look_ahead
+from oreo_jax.decode.plan import Plan
+from oreo_jax.decode.sampling import row_keys
+from oreo_jax.decode.suffixes import append, pick, pick_rows, where_rows
+from oreo_jax.decode.winners import Winners, keep_best
+from oreo_jax.models import Cache, Shared
 
 
 class Beams(NamedTuple):
-  """State of the search: B partial answers a question, question-major."""
+  """State of the search: B partial answers a question, question-major.
 
-  step: jax.Array  # i32[]
+  Q questions are in flight. They may have begun at different times; a question
+  without an active beam is done, and another one may take its place.
+  """
+
+  steps: jax.Array  # i32[Q], steps that each question has taken
   problems: jax.Array  # i32[Q], the number of each question
   prompts: Text  # Q of them
   prompt_cache: Shared  # the policy's, of all but the last token of a prompt
@@ -75,89 +45,24 @@ class Beams(NamedTuple):
   cache: Cache
   critic_prompts: Shared | None  # of whole prompts
   critic_cache: Cache | None  # of all tokens of the answer
-  values: jax.Array  # f32[Q * B], V of each where it was trained
-  last_values: jax.Array  # f32[Q * B], V at the last token of each
-  scores: jax.Array  # f32[Q * B], what each was ranked by
+  reading: Reading  # of Q * B answers
   hashes: jax.Array  # u32[Q * B, 2], of the tokens of each answer
   active: jax.Array  # bool[Q * B]; others have left and only fill the shape
   winners: Winners
   proposed: jax.Array  # i32[Q], tokens the policy proposed so far
-
-
-def start_beams(
-  plan: Plan, prompts: jax.Array, lengths: jax.Array, problems: jax.Array
-) -> Beams:
-  """Reads the prompts; every beam of a question has an empty answer at first.
-
-  Args:
-    plan: of the search.
-    prompts: i32[Q, W].
-    lengths: i32[Q], tokens of each prompt.
-    problems: i32[Q], the number of each question.
-  """
-  questions = prompts.shape[0]
-  count = questions * plan.beams
-  _, prompt_cache = read_prompts(plan.policy, prompts, lengths - 1, plan.config)
-  values = jnp.full(questions, jnp.nan, jnp.float32)
-  critic_prompts = critic_cache = None
-  if plan.critic is not None:
-    hidden, critic_prompts = read_prompts(
-      plan.critic, prompts, lengths, plan.critic_config
-    )
-    last = hidden[jnp.arange(questions), lengths - 1]
-    values = models.values(plan.critic, last)
-    critic_cache = _empty_cache(plan.critic_config, count, plan.max_new_tokens)
-  first_values = jnp.repeat(values, plan.beams)
-  nothing = Candidates(
-    values=first_values,
-    logps=jnp.zeros(count, jnp.float32),
-    lengths=jnp.zeros(count, jnp.int32),
-    finished=jnp.zeros(count, bool),
-  )
-  last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-  return Beams(
-    step=jnp.zeros((), jnp.int32),
-    problems=problems,
-    prompts=Text(prompts, lengths),
-    prompt_cache=prompt_cache,
-    tokens=jnp.zeros((count, plan.max_new_tokens), jnp.int32),
-    lengths=nothing.lengths,
-    logps=jnp.zeros((count, plan.max_new_tokens), jnp.float32),
-    fed=jnp.repeat(last, plan.beams),
-    stop_state=jnp.zeros(count, jnp.int32),
-    cache=_empty_cache(plan.config, count, plan.max_new_tokens),
-    critic_prompts=critic_prompts,
-    critic_cache=critic_cache,
-    values=first_values,
-    last_values=first_values,
-    scores=plan.score(nothing),
-    hashes=jnp.zeros((count, 2), jnp.uint32),
-    active=jnp.ones(count, bool),
-    winners=Winners(
-      tokens=jnp.zeros((questions, plan.max_new_tokens), jnp.int32),
-      lengths=jnp.zeros(questions, jnp.int32),
-      logps=jnp.zeros((questions, plan.max_new_tokens), jnp.float32),
-      finished=jnp.zeros(questions, bool),
-      values=values,
-      scores=jnp.full(questions, -jnp.inf, jnp.float32),
-    ),
-    proposed=jnp.zeros(questions, jnp.int32),
-  )
-
-
-def _empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
-  return models.init_cache(config, rows, slots)
+  # The B * K whole answers of each question, where the strategy keeps them.
+  candidates: Winners | None
 
 
 def advance(state: Beams, plan: Plan) -> Beams:
   """Takes one step of the search: propose, judge, choose, write, leave.
 
-  Shapes never change. With Q questions and B beams a question, rows are either
-  *beams* (Q * B) or *candidates* (Q * B * B): candidates i * B to i * B + B - 1
-  are what beam i proposed, so `parents[c] = c // B` is the beam that candidate
-  c continues, and each question owns B * B candidates in a row. A beam that
-  has left stays as a row that is not active: it proposes nothing, and its
-  candidates are never chosen over a real one.
+  Shapes never change. With Q questions, B beams a question and K proposals a
+  beam, rows are either *beams* (Q * B) or *candidates* (Q * B * K): candidates
+  i * K to i * K + K - 1 are what beam i proposed, so `parents[c] = c // K` is
+  the beam that candidate c continues, and each question owns B * K candidates
+  in a row. A beam that has left stays as a row that is not active: it proposes
+  nothing, and its candidates are never chosen over a real one.
 
   Args:
     state: before the step.
@@ -166,26 +71,31 @@ def advance(state: Beams, plan: Plan) -> Beams:
   Returns:
     The state after the step.
   """
-  questions, beams = state.proposed.shape[0], plan.beams
-  parents = jnp.repeat(jnp.arange(questions * beams), beams)
+  strategy = plan.strategy
+  questions, beams = state.proposed.shape[0], strategy.beams
+  parents = jnp.repeat(jnp.arange(questions * beams), strategy.proposals)
 
-  # 1. Propose. Every active beam grows B branches to the end of their step, of
+  # 1. Propose. Every active beam grows K branches to the end of their step, of
   # the answer, or of the room.
-  grown = _propose(state, plan)
+  stems = _stems_of(state)
+  grown = propose(plan, stems, _keys(state, plan))
 
   # 2. Judge. The value network reads all new tokens of a candidate in one go,
   # behind the cache of its parent, and the score ranks what it says.
-  values, last_values, critic_cache = _read_values(state, grown, parents, plan)
-  inside = jnp.arange(plan.max_step_tokens)[None] < grown.lengths[:, None]
-  new_logps = jnp.sum(jnp.where(inside, grown.logps, 0.0), axis=1)
-  scores = plan.score(
-    Candidates(
-      values=values,
-      logps=_sum_logps(state)[parents] + new_logps,
-      lengths=state.lengths[parents] + grown.lengths,
-      finished=grown.finished,
+  reading, critic_cache = judge(plan, stems, grown)
+  all_values = reading.values
+  if strategy.lookahead is None:
+    scores = strategy.score(candidates_of(stems, grown, reading)[0])
+  else:
+    scores = look_ahead(
+      plan,
+      stems,
+      grown,
+      reading,
+      critic_cache,
+      problems=state.problems,
+      steps=state.steps,
     )
-  )
 
   # 3. Choose. Of candidates that say the same the first one stands for all.
   # `top_k` always returns B of them: where there are fewer real candidates it
@@ -193,17 +103,16 @@ def advance(state: Beams, plan: Plan) -> Beams:
   hashes = extend_hashes(state.hashes[parents], grown.tokens, grown.lengths)
   alive = state.active[parents]
   valid = alive & ~is_repeated(hashes, alive, questions) & (scores > -jnp.inf)
-  scores = jnp.where(valid, scores, -jnp.inf)
+  ranked = jnp.where(valid, scores, -jnp.inf).reshape(questions, -1)
   # i32[Q, B], counted within each question, as rows of one question never meet
   # those of another.
-  chosen = jax.lax.top_k(scores.reshape(questions, -1), beams)[1]
-  kept_beams = chosen // beams
-  values, scores, valid, last_values, hashes, finished, lengths = pick_rows(
+  chosen = jax.lax.top_k(ranked, beams)[1]
+  parents_chosen = chosen // strategy.proposals
+  chosen_scores, valid, reading, hashes, finished, lengths = pick_rows(
     (
-      values,
-      scores,
+      ranked.reshape(-1),
       valid,
-      last_values,
+      reading,
       hashes,
       grown.finished,
       grown.lengths,
@@ -215,24 +124,48 @@ def advance(state: Beams, plan: Plan) -> Beams:
   # is copied from the parent, the new tokens go behind. Prompts stay where they
   # are. The value network has read a beam's last token, the policy has not but
   # has read one more before (see `Beams`), so both caches are equally long.
-  before = pick(state.lengths, kept_beams)
+  before = pick(state.lengths, parents_chosen)
   tokens, logps = (
-    append(pick(old, kept_beams), pick(new, chosen), before)
+    append(pick(old, parents_chosen), pick(new, chosen), before)
     for old, new in ((state.tokens, grown.tokens), (state.logps, grown.logps))
   )
-  cache = _append_cache(state.cache, grown.cache, kept_beams, chosen, before)
+  cache = _append_cache(
+    state.cache, grown.cache, parents_chosen, chosen, before
+  )
   if state.critic_cache is not None and critic_cache is not None:
     critic_cache = _append_cache(
-      state.critic_cache, critic_cache, kept_beams, chosen, before
+      state.critic_cache, critic_cache, parents_chosen, chosen, before
     )
   answered = before + lengths
 
-  # 5. Leave. An answer that ended, or has no room left, leaves its beam and is
-  # remembered if it is the best so far.
+  # 5. Leave. An answer that ended, or has no room or no step left, leaves its
+  # beam and is remembered if it is the best so far.
   finished &= valid
-  full = valid & (answered >= plan.max_new_tokens)
-  end = state._replace(
-    step=state.step + 1,
+  has_left = jnp.all(~state.active.reshape(questions, -1), axis=1)
+  steps = jnp.where(has_left, state.steps, state.steps + 1)
+  ends = jnp.repeat(steps >= strategy.max_steps, beams)
+  goes_on = valid & ~finished & (answered < plan.max_new_tokens) & ~ends
+  winners = keep_best(
+    state.winners,
+    Winners(tokens, answered, logps, finished, reading.values, chosen_scores),
+    leaving=valid & ~goes_on,
+  )
+  candidates = state.candidates
+  if candidates is not None:
+    # A step is a whole answer, so that `grown` holds all of each.
+    answers = Winners(
+      tokens=grown.tokens,
+      lengths=grown.lengths,
+      logps=grown.logps,
+      finished=grown.finished,
+      values=all_values,
+      scores=scores,
+    )
+    candidates = where_rows(
+      jnp.repeat(has_left, strategy.candidates), candidates, answers
+    )
+  return state._replace(
+    steps=steps,
     tokens=tokens,
     lengths=answered,
     logps=logps,
@@ -240,48 +173,52 @@ def advance(state: Beams, plan: Plan) -> Beams:
     stop_state=pick(grown.stop_state, chosen),
     cache=cache,
     critic_cache=critic_cache,
-    values=values,
-    last_values=last_values,
-    scores=scores,
+    reading=reading,
     hashes=hashes,
-    active=valid & ~finished & ~full,
+    active=goes_on,
     proposed=state.proposed
     + jnp.sum(grown.lengths.reshape(questions, -1), axis=1),
+    winners=winners,
+    candidates=candidates,
   )
-  winners = keep_best(end, leaving=finished | full, finished=finished)
-  return end._replace(winners=winners)
 
 
-def _propose(state: Beams, plan: Plan) -> Rows:
-  """Grows B branches from every active beam."""
-  beams, rows = plan.beams, state.fed.shape[0]
-  count = rows * beams
-  # The key of a proposal does not depend on what other questions there are,
-  # nor on how many tokens earlier steps took.
-  candidate = jnp.arange(count, dtype=jnp.int32) % beams**2
-  keys = row_keys(
+def _stems_of(state: Beams) -> Stems:
+  """Returns the beams as texts that branches grow from."""
+  critic_shared: tuple[Shared, ...] = ()
+  if state.critic_prompts is not None and state.critic_cache is not None:
+    critic_shared = (
+      state.critic_prompts,
+      Shared(state.critic_cache, state.lengths),
+    )
+  inside = jnp.arange(state.logps.shape[1])[None] < state.lengths[:, None]
+  return Stems(
+    shared=(state.prompt_cache, Shared(state.cache, state.lengths)),
+    critic_shared=critic_shared,
+    texts=(state.prompts, Text(state.tokens, state.lengths)),
+    fed=state.fed,
+    stop_state=state.stop_state,
+    lengths=state.lengths,
+    logps=jnp.sum(jnp.where(inside, state.logps, 0.0), axis=1),
+    reading=state.reading,
+    active=state.active,
+  )
+
+
+def _keys(state: Beams, plan: Plan) -> jax.Array:
+  """Returns the keys of all proposals.
+
+  The key of a proposal depends on its question, on the step that the question
+  is at and on its place among the candidates. It does not depend on what else
+  is in flight, nor on how many tokens earlier steps took.
+  """
+  count = plan.strategy.candidates
+  questions = state.problems.shape[0]
+  place = jnp.arange(count, dtype=jnp.int32)
+  return row_keys(
     plan.key,
-    jnp.repeat(state.problems, beams**2),
-    state.step * beams**2 + candidate,
-  )
-  limits = jnp.where(state.active, plan.max_new_tokens - state.lengths, 0)
-  grown = start_rows(
-    plan.config,
-    keys=keys,
-    sampling=Sampling(*(jnp.broadcast_to(x, count) for x in plan.sampling)),
-    limits=jnp.repeat(limits, beams),
-    fed=jnp.repeat(state.fed, beams),
-    stop_state=jnp.repeat(state.stop_state, beams),
-    slots=plan.max_step_tokens,
-  )
-  return grow(
-    plan.policy,
-    (state.prompt_cache, Shared(state.cache, state.lengths)),
-    (state.prompts, Text(state.tokens, state.lengths)),
-    grown,
-    plan.config,
-    eos_ids=plan.eos_ids,
-    stops=plan.stops,
+    jnp.repeat(state.problems, count),
+    jnp.repeat(state.steps * count, count) + jnp.tile(place, questions),
   )
 
 
@@ -298,109 +235,4 @@ def _append_cache(
       append(pick(x, parents, axis=1), pick(y, chosen, axis=1), before, axis=3)
       for x, y in zip(old, new, strict=True)
     )
-  )
-
-
-def _sum_logps(state: Beams) -> jax.Array:
-  inside = jnp.arange(state.logps.shape[1])[None] < state.lengths[:, None]
-  return jnp.sum(jnp.where(inside, state.logps, 0.0), axis=1)
-
-
-def _read_values(
-  state: Beams, grown: Rows, parents: jax.Array, plan: Plan
-) -> tuple[jax.Array, jax.Array, Cache | None]:
-  """Reads V of each candidate where V was trained.
-
-  That is never at the end-of-sequence token itself: a finished answer is read
-  at the state before it, which may be the one the step started from. Other
-  candidates are read at their last token; but a critic of step level was
-  trained between steps alone, so a step that was cut keeps the value of the
-  state where it began.
-
-  Returns:
-    (f32[R] V to rank by, f32[R] V at the last token, the cache of the new
-    tokens).
-  """
-  if (
-    plan.critic is None
-    or state.critic_cache is None
-    or state.critic_prompts is None
-  ):
-    return state.values[parents], state.last_values[parents], None
-  read = models.apply_branches(
-    plan.critic,
-    grown.tokens,
-    plan.critic_config,
-    shared=(state.critic_prompts, Shared(state.critic_cache, state.lengths)),
-    local=models.init_cache(
-      plan.critic_config, len(parents), plan.max_step_tokens
-    ),
-    slot=0,
-  )
-  # Column i is V after i new tokens.
-  along = jnp.concatenate(
-    [
-      state.last_values[parents][:, None],
-      models.values(plan.critic, read.hidden),
-    ],
-    axis=1,
-  )
-
-  def read_after(count: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(along, count[:, None], axis=1)[:, 0]
-
-  last_values = read_after(grown.lengths)
-  values = read_after(grown.lengths - grown.finished.astype(jnp.int32))
-  if plan.granularity == "step":
-    trained = grown.finished | grown.step_ended
-    values = jnp.where(trained, values, state.values[parents])
-  return values, last_values, read.cache
-
-
-def keep_best(
-  state: Beams, *, leaving: jax.Array, finished: jax.Array
-) -> Winners:
-  """Returns the winners after some beams have left.
-
-  The best leaving beam of each question takes the place of a worse winner.
-  Answers are compared by (finished, score): one that ended with an
-  end-of-sequence beats every one that was cut off, whatever their scores, and
-  among equals the score decides. The earlier one stays at a tie.
-
-  Args:
-    state: its beams, and its winners so far.
-    leaving: bool[Q * B]; the others do not compete.
-    finished: bool[Q * B].
-  """
-  winners = state.winners
-  questions = winners.scores.shape[0]
-  leaving, finished, scores = (
-    x.reshape(questions, -1) for x in (leaving, finished, state.scores)
-  )
-  finished &= leaving
-  # The best beam of each question. If one of them finished, only the finished
-  # ones compete; otherwise all that leave do.
-  any_finished = jnp.any(finished, axis=1)
-  competing = leaving & (finished == any_finished[:, None])
-  scores = jnp.where(competing, scores, -jnp.inf)
-  best = jnp.argmax(scores, axis=1)
-  score = jnp.max(scores, axis=1)
-  # Against the winner so far: of two that are alike in having finished the
-  # score decides, otherwise the one that finished. A score of -inf says that
-  # no beam leaves.
-  alike = any_finished == winners.finished
-  better = jnp.where(alike, score > winners.scores, any_finished)
-  better &= score > -jnp.inf
-
-  def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-    new = pick(new, best[:, None])
-    return jnp.where(better.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-  return Winners(
-    tokens=choose(state.tokens, winners.tokens),
-    lengths=choose(state.lengths, winners.lengths),
-    logps=choose(state.logps, winners.logps),
-    finished=jnp.where(better, any_finished, winners.finished),
-    values=choose(state.values, winners.values),
-    scores=jnp.where(better, score, winners.scores),
   )

@@ -42,6 +42,21 @@ def pick_rows(rows: Tree, index: jax.Array) -> Tree:
   return jax.tree.map(lambda x: pick(x, index), rows)
 
 
+def where_rows(condition: jax.Array, new: Tree, old: Tree) -> Tree:
+  """Does `jnp.where` row by row, on every array of two trees.
+
+  Args:
+    condition: bool[R].
+    new: arrays [R, ...], whose rows are taken where the condition holds.
+    old: the same for the other rows.
+  """
+  return jax.tree.map(
+    lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y),
+    new,
+    old,
+  )
+
+
 def append(
   old: jax.Array, new: jax.Array, start: jax.Array, *, axis: int = 1
 ) -> jax.Array:

@@ -211,20 +211,25 @@ def beam_methods(
       unit="problem",
       enabled=hosts.is_chief(),
     ) as progress:
-      search = decode.search_all(
+      plan = decode.make_plan(
         policy,
         judge.critic,
-        prompts,
         jax.random.key(settings.seed),
         exam.config,
-        beams=beams,
+        strategy=decode.Strategy(
+          beams=beams,
+          max_steps=settings.max_steps,
+          max_step_tokens=settings.max_step_tokens,
+        ),
         stops=exam.codec.stops,
         eos_ids=exam.codec.end_ids,
         max_new_tokens=settings.max_new_tokens,
-        max_steps=settings.max_steps,
-        max_step_tokens=settings.max_step_tokens,
         sampler=exam.sampler,
         granularity=judge.granularity,
+      )
+      search = decode.search(
+        plan,
+        prompts,
         batch_size=settings.batch_size,
         on_progress=progress.update,
       )

@@ -1,7 +1,6 @@
 """Step beam search: against plain Python, greedy decoding and fresh values."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from oracles import chain, tiny
+from oracles import chain, tiny, turns
 from oracles import search as oracle
 from oracles import stops as stops_oracle
 
@@ -19,15 +18,16 @@ from oreo_jax.decode import (
   DELIMITERS,
   GREEDY,
   Stops,
+  Strategy,
   by_logp,
   by_value,
   generate,
+  make_plan,
   make_stops,
-  search_all,
   step_beam_search,
 )
-from oreo_jax.decode.sampling import sampling_rows
-from oreo_jax.decode.step import Plan, advance, start_beams
+from oreo_jax.decode.admit import admit, empty_beams
+from oreo_jax.decode.step import advance
 
 KEY = jax.random.key(5)
 VOCAB = 24
@@ -38,30 +38,18 @@ ENDS = np.isin(np.arange(VOCAB), np.arange(1, 9))
 BEAMS = 3
 LIMITS = {"max_steps": 4, "max_step_tokens": 3, "max_new_tokens": 9}
 STOPS = Stops(ENDS.astype(np.int8)[None])  # one state
+STRATEGY = Strategy(beams=BEAMS, max_steps=4, max_step_tokens=3)
 OPTIONS = {"stops": STOPS, "eos_ids": (EOS,), "beams": BEAMS, **LIMITS}
 
 
-def take_turns(keys, positions, logits, sampling, tokens, inside):
-  """In place of `draw`: proposal j of a beam takes the j-th way of a fork."""
-  del keys, positions, sampling, tokens, inside
-  order = jnp.argsort(-logits, axis=-1)
-  ways = jnp.sum(logits > -10.0, axis=-1)
-  way = (jnp.arange(logits.shape[0]) % BEAMS) % ways
-  tokens = jnp.take_along_axis(order, way[:, None], axis=1)[:, 0]
-  logps = jnp.zeros(logits.shape[0], jnp.float32)
-  return tokens.astype(jnp.int32), logps
+TURNS = turns.Turns()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def deterministic():
-  """The search with `take_turns` compiled in."""
-  module = importlib.import_module("oreo_jax.decode.grow")
-  search = importlib.import_module("oreo_jax.decode.beam")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(module, "draw", take_turns)
-    search.run_plan.clear_cache()
+  """The search without chance."""
+  with TURNS.taken(BEAMS):
     yield step_beam_search
-  search.run_plan.clear_cache()
 
 
 def random_chain(seed):
@@ -92,7 +80,7 @@ def compare(
   stops=STOPS,
   ends=token_ends,
   granularity="token",
-  rank=oracle.rank_by_value,
+  rank=lambda answer: answer.value,
   score=by_value,
 ):
   policy = chain.make_policy(
@@ -109,16 +97,19 @@ def compare(
   out = search(policy, critic, prompts, KEY, CONFIG, **options)
   results = []
   for row, prompt in enumerate(prompts):
-    want = oracle.step_beam_search(
+    want = oracle.search(
       prompt,
-      follow=follow,
-      value=values,
-      ends=ends,
-      eos=EOS,
-      beams=BEAMS,
-      granularity=granularity,
-      rank=rank,
-      **LIMITS,
+      oracle.Rules(
+        follow=follow,
+        value=values,
+        ends=ends,
+        eos=EOS,
+        beams=BEAMS,
+        branches=BEAMS,
+        granularity=granularity,
+        rank=rank,
+        **LIMITS,
+      ),
     )
     length = out.answers.lengths[row]
     tokens = tuple(out.answers.tokens[row, :length].tolist())
@@ -166,10 +157,11 @@ def short_and_sure(candidates):
 
 
 def test_a_score_of_ones_own_decides(deterministic):
-  def rank(value, length, finished):
+  def rank(answer):
+    length = len(answer.tokens)
     if length > 8:
       return -np.inf
-    return value - 0.0913 * length + 0.2371 * finished
+    return answer.value - 0.0913 * length + 0.2371 * answer.finished
 
   prompts = [[1], [9, 2], [4, 4, 3], [14], [20, 21], [11]]
   for seed in range(6):
@@ -263,7 +255,13 @@ def test_beam_finds_what_greedy_misses(fork):
   )
   assert greedy.answers()[0].tolist() == [10, 1, 13]
   out = step_beam_search(
-    policy, critic, [[9]] * 6, KEY, CONFIG, prompt_length=3, **OPTIONS
+    policy,
+    critic,
+    [[9]] * 6,
+    jax.random.key(7),
+    CONFIG,
+    prompt_length=3,
+    **OPTIONS,
   )
   # Nine proposals a question: all take the likelier way once in 50 times.
   assert [a.tolist() for a in out.answers.answers()] == [[11, 2, 14]] * 6
@@ -295,23 +293,25 @@ def test_a_critic_of_response_level_is_refused(fork):
 
 def test_advance_is_one_step_of_the_search(fork):
   policy, critic = fork
-  plan = Plan(
-    policy=policy,
-    critic=critic,
+  plan = make_plan(
+    policy,
+    critic,
+    KEY,
+    CONFIG,
+    strategy=STRATEGY,
     stops=STOPS,
-    key=KEY,
-    config=CONFIG,
-    critic_config=CONFIG,
-    beams=BEAMS,
     eos_ids=(EOS,),
-    sampling=jax.tree.map(np.squeeze, sampling_rows([ANCESTRAL])),
-    score=by_value,
-    granularity="token",
-    **LIMITS,
+    max_new_tokens=LIMITS["max_new_tokens"],
   )
   tokens = jnp.asarray([[9]] * 6, jnp.int32)
-  state = start_beams(
-    plan, tokens, jnp.ones(6, jnp.int32), jnp.arange(6, dtype=jnp.int32)
+  numbers = jnp.arange(6, dtype=jnp.int32)
+  state = admit(
+    plan,
+    empty_beams(plan, slots=6, room=1),
+    numbers,
+    tokens,
+    jnp.ones(6, jnp.int32),
+    numbers,
   )
   assert state.active.all()
   texts = []
@@ -320,7 +320,8 @@ def test_advance_is_one_step_of_the_search(fork):
     texts.append(state.tokens[0, : state.lengths[0]].tolist())
   # The better of the two steps leads, its end follows, and then it has left.
   assert texts[:2] == [[11, 2], [11, 2, 14, EOS]]
-  assert not state.active.any() and state.step == 3
+  # A third step was none: no question was left to take it.
+  assert not state.active.any() and (state.steps == 2).all()
   out = step_beam_search(policy, critic, tokens, KEY, CONFIG, **OPTIONS)
   np.testing.assert_array_equal(out.values, state.winners.values)
   np.testing.assert_array_equal(out.proposed, state.proposed)
@@ -376,7 +377,13 @@ def test_values_are_those_of_a_fresh_forward():
 
 @functools.cache
 def greedy_options():
-  return {**OPTIONS, "beams": 1, "sampler": GREEDY, "max_steps": 9}
+  return {
+    **OPTIONS,
+    "beams": 1,
+    "sampler": GREEDY,
+    "max_steps": 9,
+    "eos_ids": (EOS, 20),
+  }
 
 
 def test_one_beam_at_temperature_zero_is_greedy():
@@ -391,7 +398,7 @@ def test_one_beam_at_temperature_zero_is_greedy():
     KEY,
     CONFIG,
     max_new_tokens=9,
-    eos_ids=(EOS,),
+    eos_ids=(EOS, 20),
     sampler=GREEDY,
   )
   np.testing.assert_array_equal(searched.tokens, want.tokens)
@@ -399,42 +406,6 @@ def test_one_beam_at_temperature_zero_is_greedy():
   np.testing.assert_array_equal(searched.finished, want.finished)
   np.testing.assert_allclose(searched.logps, want.logps, atol=1e-5)
   assert searched.finished.any() and not searched.finished.all()
-
-
-def test_all_searches_come_in_the_order_of_the_prompts(deterministic):
-  follow, values = random_chain(3)
-  policy = chain.make_policy(
-    CONFIG, chain.table_logits(VOCAB, follow, slope=0.5)
-  )
-  critic = chain.make_critic(CONFIG, values)
-  prompts = [[1, 2, 3], [9], [4, 4, 3], [14, 1], [20, 21], [11], [12, 12, 5]]
-  # Nothing is random, so a batch of its own gives each question's answer.
-  one_batch = deterministic(
-    policy,
-    critic,
-    prompts[:6],
-    KEY,
-    CONFIG,
-    prompt_length=3,
-    **OPTIONS,
-  )
-  options = {k: v for k, v in OPTIONS.items() if k != "beams"}
-  out = search_all(
-    policy,
-    critic,
-    prompts,
-    KEY,
-    CONFIG,
-    beams=BEAMS,
-    batch_size=6 * BEAMS**2,
-    **options,
-  )
-  assert len(out.values) == 7
-  np.testing.assert_array_equal(
-    out.answers.tokens[:6], one_batch.answers.tokens
-  )
-  np.testing.assert_array_equal(out.proposed[:6], one_batch.proposed)
-  np.testing.assert_allclose(out.values[:6], one_batch.values, atol=1e-6)
 
 
 @pytest.mark.slow
