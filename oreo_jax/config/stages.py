@@ -239,8 +239,14 @@ class GenerateConfig(Section):
 
   prompt: str = ""  # what to answer; --prompt is short for it
   value: str = ""  # a Hugging Face directory of a value network; --value
-  strategy: str = choice("sample")  # how to answer; --strategy
-  samples: int = positive(1)  # answers
+  # How to answer; all but the samples are guided by a value network. --strategy
+  strategy: str = choice(
+    "sample", "beam", "best_of_n", "best_of_k", "lookahead"
+  )
+  samples: int = positive(1)  # answers of the strategy sample
+  budget: int = positive(4)  # B of the beam, N and K of the best, breadth
+  depth: int = positive(2)  # steps that lookahead looks ahead
+  search_temperature: float = 1.0  # of what a search proposes
   max_new_tokens: int = positive(256)  # of an answer
   stop: tuple = setting((), entry=str)  # strings that end an answer
   # As in collect; 0 is greedy.

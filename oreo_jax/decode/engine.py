@@ -17,12 +17,14 @@ import numpy as np
 
 from oreo_jax import data
 from oreo_jax.config import ModelConfig
-from oreo_jax.decode.batches import values_all
+from oreo_jax.decode.batches import OnProgress, values_all
 from oreo_jax.decode.continuous import Answer, Usage, answer_requests
 from oreo_jax.decode.generate import Generation
+from oreo_jax.decode.plan import Strategy, make_plan
 from oreo_jax.decode.sampling import ANCESTRAL, Sampler
 from oreo_jax.decode.schedule import Request
-from oreo_jax.decode.stops import Stops, make_stops
+from oreo_jax.decode.search import search
+from oreo_jax.decode.stops import DELIMITERS, Stops, make_stops
 from oreo_jax.models import Params
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Completion(NamedTuple):
   reason: str  # why it ended: "end" (of sequence), "stop" (string) or "length"
   # f32[n + 1], V after 0, 1, ..., n tokens; None unless it was asked for.
   values: np.ndarray | None = None
+  score: float | None = None  # what a search chose it by
 
 
 class Engine:
@@ -84,7 +87,7 @@ class Engine:
     self.eos_ids = tuple(eos_ids)
     self.slots = slots
     self.usage = Usage()  # of all calls together
-    self._stops: dict[tuple[str, ...], Stops] = {}
+    self._stops: dict[tuple[tuple[str, ...], bool], Stops] = {}
 
   def tokens(self, prompt: Prompt) -> np.ndarray:
     """Returns i32[L], the tokens of a prompt.
@@ -191,6 +194,74 @@ class Engine:
     ]
     return self._with_values(prompts, rows) if values else rows
 
+  def search(
+    self,
+    prompts: Sequence[Prompt],
+    strategy: Strategy | None = None,
+    *,
+    sampler: Sampler = ANCESTRAL,
+    max_new_tokens: int = 256,
+    delimiters: Sequence[str] = DELIMITERS["lines"],
+    granularity: str = "token",
+    seed: int = 0,
+    on_progress: OnProgress = lambda count: None,
+  ) -> list[Completion]:
+    """Searches for the best completion of each prompt.
+
+    Args:
+      prompts: texts, chats or token ids.
+      strategy: such as `Strategy(beams=4)`, `best_of(8)` or
+        `look_ahead_search(2, 3)`; by default a step beam search with 7 beams.
+        Most are guided by the critic.
+      sampler: how proposals are drawn.
+      max_new_tokens: most tokens of an answer.
+      delimiters: strings that end a step.
+      granularity: "token" or "step", what the critic was trained at.
+      seed: of the draws.
+      on_progress: called with the prompts done since the last call.
+
+    Returns:
+      A completion a prompt, with the score it won by.
+
+    Raises:
+      ValueError: for arguments that do not fit together.
+    """
+    _check_list("prompts", prompts)
+    _check_list("delimiters", delimiters)
+    plan = make_plan(
+      self.policy,
+      self.critic,
+      jax.random.key(seed),
+      self.config,
+      strategy=strategy or Strategy(),
+      stops=self._stops_of(tuple(delimiters), anywhere=False),
+      eos_ids=self.eos_ids,
+      max_new_tokens=max_new_tokens,
+      sampler=sampler,
+      granularity=granularity,
+      critic_config=self.critic_config,
+    )
+    result = search(
+      plan,
+      [self.tokens(prompt) for prompt in prompts],
+      batch_size=max(self.slots, plan.strategy.rows),
+      on_progress=on_progress,
+    )
+    answers = result.answers
+    completions = []
+    for place, tokens in enumerate(answers.answers()):
+      length = answers.lengths[place]
+      completions.append(
+        Completion(
+          self._text(tokens, ()),
+          answers.tokens[place, :length],
+          answers.logps[place, :length],
+          "end" if answers.finished[place] else "length",
+          score=float(result.scores[place]),
+        )
+      )
+    return completions
+
   def _with_values(
     self, prompts: Sequence[Prompt], rows: list[list[Completion]]
   ) -> list[list[Completion]]:
@@ -240,16 +311,18 @@ class Engine:
     begins = [text.find(string) for string in stop if string in text]
     return text[: min(begins, default=len(text))]
 
-  def _stops_of(self, stop: tuple[str, ...]) -> Stops | None:
+  def _stops_of(
+    self, stop: tuple[str, ...], *, anywhere: bool = True
+  ) -> Stops | None:
     """Returns the automaton of some stop strings, made once."""
     if not stop:
       return None
-    if stop not in self._stops:
+    if (stop, anywhere) not in self._stops:
       tokenizer = self._need_tokenizer("a stop string")
-      self._stops[stop] = make_stops(
-        tokenizer, stop, self.config.vocab_size, anywhere=True
+      self._stops[stop, anywhere] = make_stops(
+        tokenizer, stop, self.config.vocab_size, anywhere=anywhere
       )
-    return self._stops[stop]
+    return self._stops[stop, anywhere]
 
   def _need_tokenizer(self, reason: str) -> PreTrainedTokenizerBase:
     if self.tokenizer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -25,7 +26,8 @@ def run(workspace: Workspace, say: Say) -> None:
   layout = workspace.layout("lm", "value")
   with jax.set_mesh(layout.mesh):
     engine = _engine(workspace, layout)
-    STRATEGIES[settings.strategy](engine, prompt, settings, say)
+    delimiters = decode.DELIMITERS[workspace.config.data.delimiters]
+    STRATEGIES[settings.strategy](engine, prompt, settings, delimiters, say)
 
 
 def _engine(workspace: Workspace, layout: Layout) -> decode.Engine:
@@ -72,10 +74,17 @@ def _critic(
   return None, None
 
 
+# (engine, prompt, settings, delimiters of steps, say).
+Strategy = Callable[
+  [decode.Engine, decode.Prompt, GenerateConfig, tuple[str, ...], Say], None
+]
+
+
 def _sample(
   engine: decode.Engine,
   prompt: decode.Prompt,
   settings: GenerateConfig,
+  unused_delimiters: tuple[str, ...],
   say: Say,
 ) -> None:
   """Says the samples as they end; a lone one while it grows."""
@@ -121,9 +130,46 @@ def _sampler(settings: GenerateConfig) -> decode.Sampler:
   )
 
 
-Strategy = Callable[[decode.Engine, decode.Prompt, GenerateConfig, Say], None]
+def _searched(
+  make: Callable[[GenerateConfig], decode.Strategy],
+) -> Strategy:
+  """Returns what answers by a search."""
 
-STRATEGIES: Mapping[str, Strategy] = {"sample": _sample}
+  def run_search(
+    engine: decode.Engine,
+    prompt: decode.Prompt,
+    settings: GenerateConfig,
+    delimiters: tuple[str, ...],
+    say: Say,
+  ) -> None:
+    if engine.critic is None:
+      raise ConfigError(
+        f"--strategy={settings.strategy} is guided by a value network: name "
+        "its directory with --value=DIR, or a --workdir that has one"
+      )
+    (best,) = engine.search(
+      [prompt],
+      make(settings),
+      sampler=dataclasses.replace(
+        _sampler(settings), temperature=settings.search_temperature
+      ),
+      max_new_tokens=settings.max_new_tokens,
+      delimiters=delimiters,
+      seed=settings.seed,
+    )
+    say(best.text)
+    say(f"--- {_how(best)}, score {best.score:.3f}")
+
+  return run_search
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+  "sample": _sample,
+  "beam": _searched(lambda s: decode.Strategy(beams=s.budget)),
+  "best_of_n": _searched(lambda s: decode.best_of(s.budget)),
+  "best_of_k": _searched(lambda s: decode.best_of_actions(s.budget)),
+  "lookahead": _searched(lambda s: decode.look_ahead_search(s.depth, s.budget)),
+}
 
 
 def _leaves(unused_config: Config) -> tuple[str, ...]:

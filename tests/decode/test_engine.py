@@ -121,6 +121,41 @@ def test_texts_grow_while_they_are_drawn(engine):
     assert ended[place].text.startswith(text)
 
 
+@pytest.mark.parametrize(
+  "strategy",
+  [
+    decode.Strategy(beams=2, max_steps=4, max_step_tokens=5),
+    decode.best_of(3),
+    decode.look_ahead_search(2, 2, max_steps=3, max_step_tokens=4),
+  ],
+)
+def test_searches_are_those_of_the_plan(engine, strategy):
+  options = {"max_new_tokens": 12, "seed": 2}
+  together = engine.search(PROMPTS, strategy, **options)
+  plan = decode.make_plan(
+    engine.policy,
+    engine.critic,
+    jax.random.key(2),
+    CONFIG,
+    strategy=strategy,
+    stops=decode.make_stops(TOKENIZER, ["\n"], len(TOKENIZER)),
+    eos_ids=EOS,
+    max_new_tokens=12,
+  )
+  prompts = [tokenize_prompt(prompt, TOKENIZER) for prompt in PROMPTS]
+  want = decode.search(plan, prompts, slots=1)
+  for place, each in enumerate(together):
+    length = want.answers.lengths[place]
+    assert each.tokens.tolist() == want.answers.tokens[place, :length].tolist()
+    assert each.score == pytest.approx(want.scores[place], abs=1e-5)
+    assert each.text == TOKENIZER.decode(
+      want.answers.answers()[place], skip_special_tokens=True
+    )
+  bare = Engine(engine.policy, CONFIG, TOKENIZER, eos_ids=EOS)
+  with pytest.raises(ValueError, match="critic: score=by_value expects"):
+    bare.search(PROMPTS, strategy)
+
+
 def test_each_prompt_may_have_its_own_settings(engine):
   rows = engine.generate(
     PROMPTS,

@@ -34,6 +34,16 @@ def checkpoint(tmp_path_factory):
   return path
 
 
+@pytest.fixture(scope="module")
+def value(tmp_path_factory):
+  path = tmp_path_factory.mktemp("value") / "tiny"
+  tokenizer = data.make_tokenizer("byte")
+  config = models.preset("tiny-llama", vocab_size=len(tokenizer))
+  critic = tiny.draw_params(config, head="value")
+  models.save_hf(path, critic, config, tokenizer=tokenizer)
+  return path
+
+
 def answer(checkpoint, tmp_path, *, chat=False, **settings):
   """Returns what `oreo generate` says, message by message."""
   config = Config(
@@ -81,6 +91,41 @@ def test_several_answers_are_said_as_they_end(checkpoint, tmp_path):
     (text,) = [text for text in said if text.startswith(f"--- {number}: ")]
     assert text.split("\n", 1)[1] == completion.text + "\n"
     assert f"{len(completion.tokens)} tokens" in text
+
+
+@pytest.mark.parametrize(
+  ("strategy", "made"),
+  [
+    ("beam", decode.Strategy(beams=3)),
+    ("best_of_n", decode.best_of(3)),
+    ("best_of_k", decode.best_of_actions(3)),
+    ("lookahead", decode.look_ahead_search(1, 3)),
+  ],
+)
+def test_a_value_network_guides_the_search(
+  checkpoint, value, tmp_path, strategy, made
+):
+  said = answer(
+    checkpoint,
+    tmp_path,
+    prompt="2 + 2 =",
+    value=str(value),
+    strategy=strategy,
+    budget=3,
+    depth=1,
+  )
+  engine = engine_of(checkpoint)
+  engine.critic = models.load_hf(
+    value, head="value", dtype="float32", param_dtype="float32"
+  )[0]
+  (want,) = engine.search(["2 + 2 ="], made, max_new_tokens=12)
+  assert said[0] == want.text + "\n"
+  assert said[1].endswith(f"score {want.score:.3f}\n")
+
+
+def test_a_search_without_a_value_network_is_refused(checkpoint, tmp_path):
+  with pytest.raises(ConfigError, match="--strategy=beam .* --value=DIR"):
+    answer(checkpoint, tmp_path, prompt="a", strategy="beam")
 
 
 def test_a_prompt_is_needed(checkpoint, tmp_path):
