@@ -12,6 +12,7 @@ from oreo_jax.settings import (
 )
 
 DTYPES = ("float32", "bfloat16")
+INT8 = "int8"
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # may carry adapters
 # What a backward pass computes again: nothing, a whole layer, all but its
 # products with weights, or all but those of attention, which are small.
@@ -58,6 +59,10 @@ class ModelConfig(Section):
   # Projections that carry adapters.
   lora_targets: tuple = setting((), entry=str, choices=PROJECTIONS)
   lora_layers: int = 0  # adapters are trained in the last n layers; 0: in all
+  # Of keys and values that are kept; set by sampling.cache.
+  cache_dtype: str = choice("dtype", INT8)
+  # Of projections, embedding and head; set by sampling.weights.
+  weight_dtype: str = choice("param_dtype", INT8)
   family: str = ""  # Hugging Face model_type of exports; empty: one that fits
   max_positions: int = 0  # longest sequence it was trained for; 0: not stated
 
@@ -69,6 +74,15 @@ class ModelConfig(Section):
       f"a divisor of num_heads={self.num_heads}",
     )
     yield Rule(self.head_dim % 2 == 0, "head_dim", "an even number, for RoPE")
+    for name, instead in (
+      ("cache_dtype", "cache"),
+      ("weight_dtype", "weights"),
+    ):
+      yield Rule(
+        getattr(self, name) != INT8,
+        name,
+        f"left as it is: training knows no int8, set sampling.{instead}",
+      )
     yield Rule(
       len(self.rope_scaling) in (0, 4),
       "rope_scaling",
@@ -134,6 +148,10 @@ class SamplingConfig(Section):
   weights_share: float = setting(0.5, above=0, high=1)
   # What is computed in, and held: weights and caches; auto: model.dtype.
   dtype: str = choice("auto", *DTYPES)
+  # Weights, and keys and values in caches, as they are or rounded to int8: see
+  # docs/scaling.md for what that costs and saves.
+  weights: str = choice("dtype", INT8)
+  cache: str = choice("dtype", INT8)
 
 
 def computed_like(ours: ModelConfig, architecture: ModelConfig) -> ModelConfig:

@@ -15,7 +15,7 @@ from oreo_jax.decode.plan import Plan
 from oreo_jax.decode.prompts import read_prompts
 from oreo_jax.decode.step import Beams
 from oreo_jax.decode.winners import Winners
-from oreo_jax.models import Cache, Shared
+from oreo_jax.models import Shared
 from oreo_jax.sharding import constrain_batch
 
 Tree = TypeVar("Tree")
@@ -97,11 +97,12 @@ def admit(
 
   def put_prompts(old: Shared, read: Shared) -> Shared:
     return Shared(
-      Cache(
-        *(
-          x.at[:, slots, :, :width].set(y.astype(x.dtype), mode="drop")
-          for x, y in zip(old.cache, read.cache, strict=True)
-        )
+      jax.tree.map(
+        lambda x, y: x.at[:, slots, :, :width].set(
+          y.astype(x.dtype), mode="drop"
+        ),
+        old.cache,
+        read.cache,
       ),
       old.lengths.at[slots].set(read.lengths, mode="drop"),
     )

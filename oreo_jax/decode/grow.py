@@ -177,13 +177,12 @@ def grow_first(
   logits = models.logits(policy, out.hidden[:, 0], config)
   # It gives a cache back because it got one.
   read = cast(Cache, out.cache)
-  cache = Cache(
-    *(
-      jax.lax.dynamic_update_slice_in_dim(
-        x, jnp.repeat(new, share, axis=1), 0, axis=3
-      )
-      for x, new in zip(rows.cache, read, strict=True)
-    )
+  cache = jax.tree.map(
+    lambda x, new: jax.lax.dynamic_update_slice_in_dim(
+      x, jnp.repeat(new, share, axis=1), 0, axis=3
+    ),
+    rows.cache,
+    read,
   )
   return _draw_token(
     rows._replace(cache=cache),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,10 @@ from absl import logging
 from jax.sharding import AxisType, Mesh
 
 from oreo_jax import chips, models
-from oreo_jax.config import ConfigError, ModelConfig, SamplingConfig
+from oreo_jax.config import INT8, ConfigError, ModelConfig, SamplingConfig
 from oreo_jax.memory import bytes_on_device
 from oreo_jax.models import Params
 from oreo_jax.sharding import AXES, shardings_of
-
-# Leaves that are computed in float32 whatever the dtype of the model is.
-_FLOAT32_AXES = ("norm", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +54,21 @@ class Layout:
     axes = models.logical_axes(self.model, head=head)
     shapes = models.abstract_params(self.model, head=head)
     dtype = jnp.dtype(self.model.dtype)
-    return jax.tree.map(
-      lambda x, names, sharding: jax.ShapeDtypeStruct(
-        x.shape,
-        x.dtype if set(names) & set(_FLOAT32_AXES) else dtype,
-        sharding=sharding,
-      ),
-      shapes,
-      axes,
-      shardings_of(axes, shapes, self.mesh),
-    )
+
+    def shape(
+      path: Any, x: jax.ShapeDtypeStruct, sharding: Any
+    ) -> jax.ShapeDtypeStruct:
+      name = path[-1].key
+      # What is computed in float32 whatever the dtype of the model is, and
+      # whole numbers, stay as they are.
+      keeps = name.endswith("scale") or name == "value_head"
+      keeps = keeps or not jnp.issubdtype(x.dtype, jnp.floating)
+      return jax.ShapeDtypeStruct(
+        x.shape, x.dtype if keeps else dtype, sharding=sharding
+      )
+
+    shardings = shardings_of(axes, shapes, self.mesh)
+    return jax.tree_util.tree_map_with_path(shape, shapes, shardings)
 
   def place(self, params: Params) -> Params:
     """Returns weights laid out to sample, from any mesh of these devices.
@@ -73,6 +76,9 @@ class Layout:
     Args:
       params: of a policy or a value network.
     """
+    if self.model.weight_dtype == INT8:
+      # Where they lie: what moves is then int8 as well.
+      params = jax.jit(models.quantize_weights)(params)
     head = "value" if "value_head" in params else "lm"
     return jax.tree.map(_place, params, self.shapes(head))
 
@@ -103,7 +109,12 @@ def make_layout(
       `settings.tensor` does not divide the devices.
   """
   dtype = config.dtype if settings.dtype == "auto" else settings.dtype
-  model = dataclasses.replace(config, dtype=dtype)
+  model = dataclasses.replace(
+    config,
+    dtype=dtype,
+    cache_dtype=INT8 if settings.cache == INT8 else config.cache_dtype,
+    weight_dtype=INT8 if settings.weights == INT8 else config.weight_dtype,
+  )
   if memory is None:
     memory = _memory_of(mesh)
   if settings.tensor:

@@ -161,18 +161,13 @@ def read_into(
   def put_lengths(old: jax.Array, new: jax.Array) -> jax.Array:
     return old.at[groups].set(new, mode="drop")
 
-  cache = (
-    put(pool, new)
-    for pool, new in zip(state.shared.cache, read.cache, strict=True)
-  )
+  cache = jax.tree.map(put, state.shared.cache, read.cache)
   state = state._replace(
     prompts=Text(
       state.prompts.tokens.at[groups, :width].set(tokens, mode="drop"),
       put_lengths(state.prompts.lengths, lengths),
     ),
-    shared=Shared(
-      Cache(*cache), put_lengths(state.shared.lengths, read.lengths)
-    ),
+    shared=Shared(cache, put_lengths(state.shared.lengths, read.lengths)),
   )
   return _pinned(state)
 

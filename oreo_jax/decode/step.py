@@ -230,9 +230,10 @@ def _append_cache(
   before: jax.Array,
 ) -> Cache:
   """Returns the parents' caches, the chosen ones' new slots behind them."""
-  return Cache(
-    *(
-      append(pick(x, parents, axis=1), pick(y, chosen, axis=1), before, axis=3)
-      for x, y in zip(old, new, strict=True)
-    )
+  return jax.tree.map(
+    lambda x, y: append(
+      pick(x, parents, axis=1), pick(y, chosen, axis=1), before, axis=3
+    ),
+    old,
+    new,
   )

@@ -31,6 +31,7 @@ from oreo_jax.models.lora import (
   without_adapters,
 )
 from oreo_jax.models.presets import preset
+from oreo_jax.models.quantize import quantize_weights
 
 __all__ = [
   "Cache",
@@ -55,6 +56,7 @@ __all__ = [
   "merge_adapters",
   "prefill",
   "preset",
+  "quantize_weights",
   "save_adapter",
   "save_hf",
   "segment_positions",

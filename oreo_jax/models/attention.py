@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from oreo_jax.models.cache import Cache
+
 # Names what the backward pass of an attention needs of its forward pass, for
 # policies of rematerialisation that keep it.
 MIXED = "mixed values"
@@ -128,7 +130,7 @@ def attend(
 
 def attend_levels(
   query: jax.Array,
-  levels: Sequence[tuple[jax.Array, jax.Array]],
+  levels: Sequence[Cache],
   masks: Sequence[jax.Array],
   *,
   scale: float,
@@ -143,7 +145,8 @@ def attend_levels(
 
   Args:
     query: [R, T, N, H].
-    levels: keys and values [P, K, S, H] of each level.
+    levels: one layer of the cache of each level: keys and values [P, K, S, H],
+      which if they are int8 have scales [P, K, S].
     masks: bool[R, T, S] of each level, True where a query may look. A row needs
       at least one such place.
     scale: multiplies the scores.
@@ -152,7 +155,7 @@ def attend_levels(
     [R, T, N, H] in the dtype of `query`.
   """
   rows, length, heads, width = query.shape
-  kv_heads = levels[0][0].shape[1]
+  kv_heads = levels[0].keys.shape[1]
   group = heads // kv_heads
   count = group * length
   # [R, K, G * T, H]: all queries of a row that share a key head are rows of one
@@ -176,14 +179,17 @@ def attend_levels(
     x = x.reshape(texts, kv_heads, rows // texts, count, -1)
     return x.transpose(0, 2, 1, 3, 4).reshape(rows, kv_heads, count, -1)
 
-  def scores_of(keys: jax.Array, mask: jax.Array) -> jax.Array:
-    texts = keys.shape[0]
+  def scores_of(level: Cache, mask: jax.Array) -> jax.Array:
+    texts = level.keys.shape[0]
     scores = jnp.einsum(
       "pkrh,pksh->pkrs",
       beside(query, texts),
-      keys,
+      level.keys.astype(query.dtype),
       preferred_element_type=jnp.float32,
     )
+    if level.key_scales is not None:
+      # After the product there is one number to scale where a key has H.
+      scores *= level.key_scales[:, :, None]
     scores = apart(scores, texts).reshape(rows, kv_heads, group, length, -1)
     scores = jnp.where(mask[:, None, None], scores * scale, -1e30)
     return scores.reshape(rows, kv_heads, count, -1)
@@ -191,7 +197,7 @@ def attend_levels(
   # The softmax goes over all levels without joining their scores: one maximum
   # and one sum for all.
   scores = [
-    scores_of(keys, mask) for (keys, _), mask in zip(levels, masks, strict=True)
+    scores_of(level, mask) for level, mask in zip(levels, masks, strict=True)
   ]
   highest = functools.reduce(
     jnp.maximum, [jnp.max(x, axis=-1, keepdims=True) for x in scores]
@@ -201,18 +207,21 @@ def attend_levels(
     jnp.add, [jnp.sum(x, axis=-1, keepdims=True) for x in weights]
   )
 
-  def mixed_of(weights: jax.Array, values: jax.Array) -> jax.Array:
-    texts = values.shape[0]
-    weights = (weights / total).astype(values.dtype)
-    mixed = jnp.einsum("pkrs,pksh->pkrh", beside(weights, texts), values)
+  def mixed_of(weights: jax.Array, level: Cache) -> jax.Array:
+    texts = level.values.shape[0]
+    weights = beside(weights / total, texts)
+    if level.value_scales is not None:
+      weights *= level.value_scales[:, :, None]
+    mixed = jnp.einsum(
+      "pkrs,pksh->pkrh",
+      weights.astype(query.dtype),
+      level.values.astype(query.dtype),
+    )
     return apart(mixed, texts)
 
   mixed = functools.reduce(
     jnp.add,
-    [
-      mixed_of(x, values)
-      for x, (_, values) in zip(weights, levels, strict=True)
-    ],
+    [mixed_of(x, level) for x, level in zip(weights, levels, strict=True)],
   )
   mixed = mixed.reshape(rows, kv_heads, group, length, width)
   return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)

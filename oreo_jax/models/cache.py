@@ -20,18 +20,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from oreo_jax.config import ModelConfig
+from oreo_jax.config import INT8, ModelConfig
+from oreo_jax.models.quantize import quantize
 from oreo_jax.sharding import constrain_batch
 
 
 class Cache(NamedTuple):
   """Keys and values of every layer: [L, B, K, S, H].
 
-  Heads stand before slots, so that the keys of one head are one matrix.
+  Heads stand before slots, so that the keys of one head are one matrix. Take
+  all arrays of it together with `jax.tree.map`: scales have the same dimensions
+  but the last, and may be absent.
   """
 
   keys: jax.Array
   values: jax.Array
+  # f32[L, B, K, S], with which int8 keys and values are multiplied.
+  key_scales: jax.Array | None = None
+  value_scales: jax.Array | None = None
 
 
 class Shared(NamedTuple):
@@ -41,9 +47,7 @@ class Shared(NamedTuple):
   lengths: jax.Array  # i32[P], slots that are filled
 
 
-def init_cache(
-  config: ModelConfig, batch: int, slots: int, dtype: str | None = None
-) -> Cache:
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
   """Returns an empty cache for `batch` rows of at most `slots` tokens."""
   shape = (
     config.num_layers,
@@ -52,8 +56,15 @@ def init_cache(
     slots,
     config.head_dim,
   )
-  empty = jnp.zeros(shape, dtype or config.dtype)
-  return constrain_cache(Cache(empty, jnp.copy(empty)))
+
+  def zeros(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+  if config.cache_dtype == INT8:
+    return constrain_cache(
+      Cache(*zeros(shape, INT8), *zeros(shape[:-1], "float32"))
+    )
+  return constrain_cache(Cache(*zeros(shape, config.dtype)))
 
 
 def constrain_cache(cache: Cache) -> Cache:
@@ -62,25 +73,43 @@ def constrain_cache(cache: Cache) -> Cache:
   A device then holds the keys of the heads that it computes, and nothing of a
   cache is gathered.
   """
-  return Cache(*(constrain_batch(x, dim=1, heads=2) for x in cache))
+  return jax.tree.map(lambda x: constrain_batch(x, dim=1, heads=2), cache)
 
 
-def put(cache: jax.Array, new: jax.Array, layer: jax.Array, slot: jax.Array):
-  """Writes new [R, T, K, H] into one layer's slots slot, ..., slot + T - 1."""
-  start = [jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, slot, 0)]
-  new = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
-  return jax.lax.dynamic_update_slice(cache, new, start)
+def entries(key: jax.Array, value: jax.Array, config: ModelConfig) -> Cache:
+  """Returns what a layer keeps of new tokens: arrays [R, K, T, ...].
+
+  Args:
+    key: [R, T, K, H].
+    value: [R, T, K, H].
+    config: says in which dtype they are kept.
+  """
+  key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
+  if config.cache_dtype != INT8:
+    return Cache(key, value)
+  # One scale a token and head: what was written before stays as it is.
+  keys, key_scales = quantize(key, -1)
+  values, value_scales = quantize(value, -1)
+  return Cache(keys, values, key_scales, value_scales)
 
 
-def layer_of(
-  cache: Cache, layer: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-  """Returns one layer's keys and values, cast for computing."""
-  keys, values = (
-    jax.lax.dynamic_index_in_dim(x, layer, keepdims=False).astype(dtype)
-    for x in cache
+def put(cache: Cache, new: Cache, layer: jax.Array, slot: jax.Array) -> Cache:
+  """Writes T `entries` into one layer's slots slot, ..., slot + T - 1."""
+
+  def write(old: jax.Array, new: jax.Array) -> jax.Array:
+    start = [layer, 0, 0, slot, 0][: old.ndim]
+    return jax.lax.dynamic_update_slice(
+      old, new[None].astype(old.dtype), [jnp.asarray(i, "int32") for i in start]
+    )
+
+  return jax.tree.map(write, cache, new)
+
+
+def layer_of(cache: Cache, layer: jax.Array) -> Cache:
+  """Returns one layer of a cache."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache
   )
-  return keys, values
 
 
 def branch_layout(

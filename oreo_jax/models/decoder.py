@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from oreo_jax import memory
-from oreo_jax.config import ModelConfig
+from oreo_jax.config import INT8, ModelConfig
 from oreo_jax.models import attention, cache
 from oreo_jax.models.attention import Attend
 from oreo_jax.models.cache import Cache, Shared
@@ -75,6 +75,7 @@ class Block(nnx.Module):
         init_std=c.init_std,
         init_scale=shrink,
         bias=bias,
+        int8=c.weight_dtype == INT8,
         lora_rank=c.lora_rank if adapted else 0,
         lora_alpha=c.lora_alpha,
       )
@@ -128,6 +129,11 @@ class Block(nnx.Module):
     return constrain_batch(x + y * c.residual_scale)
 
 
+def _vocab_scale(config: ModelConfig) -> nnx.Param:
+  ones = jnp.ones(config.vocab_size, jnp.float32)
+  return nnx.Param(ones, out_sharding=("vocab",))
+
+
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -147,13 +153,17 @@ class Decoder(nnx.Module):
     c = config
     self.config = c
     param_dtype = jnp.dtype(c.param_dtype)
+    int8 = c.weight_dtype == INT8
+    table_dtype = jnp.dtype(INT8) if int8 else param_dtype
     # Tied embeddings are the output head too: the scale of a head keeps the
     # first logits near unit size, and the first norm undoes it on the way in.
     std = c.init_std or (c.embed_dim**-0.5 if c.tie_embeddings else 1.0)
     table = jax.random.normal(rngs.params(), (c.vocab_size, c.embed_dim))
     self.embedding = nnx.Param(
-      (table * std).astype(param_dtype), out_sharding=("vocab", "embed")
+      (table * std).astype(table_dtype), out_sharding=("vocab", "embed")
     )
+    # See `models.quantize`.
+    self.embedding_scale = _vocab_scale(c) if int8 else None
     self.layers = nnx.vmap(
       nnx.transform_metadata(
         lambda rngs: Block(c, rngs), in_axes=0, out_axes=0, partition="layers"
@@ -170,8 +180,9 @@ class Decoder(nnx.Module):
       std = c.init_std or c.embed_dim**-0.5
       table = jax.random.normal(rngs.params(), (c.embed_dim, c.vocab_size))
       self.head = nnx.Param(
-        (table * std).astype(param_dtype), out_sharding=("embed", "vocab")
+        (table * std).astype(table_dtype), out_sharding=("embed", "vocab")
       )
+      self.head_scale = _vocab_scale(c) if int8 else None
 
   def __call__(
     self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
@@ -278,8 +289,7 @@ class Decoder(nnx.Module):
       scale: float,
     ) -> tuple[jax.Array, None, Cache]:
       mixed = packed(query, key, value, scale)
-      new = Cache(*(jnp.swapaxes(x, 1, 2) for x in (key, value)))
-      return mixed, None, new
+      return mixed, None, cache.entries(key, value, self.config)
 
     positions = jnp.broadcast_to(index, tokens.shape)
     hidden, _, made = self._run_cached(
@@ -318,23 +328,10 @@ class Decoder(nnx.Module):
       value: jax.Array,
       scale: float,
     ) -> tuple[jax.Array, Cache, None]:
-      local = Cache(
-        *(
-          cache.put(x, new, layer, slot)
-          for x, new in zip(local, (key, value), strict=True)
-        )
-      )
+      new = cache.entries(key, value, self.config)
+      local = cache.put(local, new, layer, slot)
       mixed = attention.attend_levels(
-        query,
-        [
-          *(
-            (level.keys.astype(query.dtype), level.values.astype(query.dtype))
-            for level in levels
-          ),
-          cache.layer_of(local, layer, query.dtype),
-        ],
-        masks,
-        scale=scale,
+        query, [*levels, cache.layer_of(local, layer)], masks, scale=scale
       )
       return mixed, local, None
 
@@ -417,7 +414,10 @@ class Decoder(nnx.Module):
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
     c = self.config
-    x = embed(self.embedding[...], tokens, jnp.dtype(c.dtype))
+    dtype = jnp.dtype(c.dtype)
+    x = embed(self.embedding[...], tokens, dtype)
+    if self.embedding_scale is not None:
+      x = x * embed(self.embedding_scale[...][:, None], tokens, dtype)
     return constrain_batch(x * c.embed_scale)
 
   def _rotary(self, positions: jax.Array) -> Rotary:

@@ -19,6 +19,7 @@ from flax import nnx
 from oreo_jax.config import ModelConfig
 from oreo_jax.models.cache import Cache, Shared
 from oreo_jax.models.decoder import Decoder
+from oreo_jax.models.lora import with_leading
 
 Params = dict[str, Any]
 
@@ -277,6 +278,11 @@ def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     head_matrix(params, config).astype(hidden.dtype),
     preferred_element_type=jnp.float32,
   )
+  scale = params.get(
+    "embedding_scale" if config.tie_embeddings else "head_scale"
+  )
+  if scale is not None:
+    scores = scores * with_leading(scale, scores.ndim)
   return scores * config.logit_scale
 
 

@@ -40,6 +40,7 @@ class Linear(nnx.Module):
     init_std: float = 0.0,
     init_scale: float = 1.0,
     bias: bool = False,
+    int8: bool = False,
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
   ):
@@ -55,8 +56,14 @@ class Linear(nnx.Module):
       return jax.random.normal(rngs.params(), shape, jnp.float32) * std
 
     self.kernel = nnx.Param(
-      draw(in_shape + out_shape, std).astype(param_dtype),
+      draw(in_shape + out_shape, std).astype(jnp.int8 if int8 else param_dtype),
       out_sharding=in_axes + out_axes,
+    )
+    # See `models.quantize`.
+    self.scale = (
+      nnx.Param(jnp.ones(out_shape, jnp.float32), out_sharding=out_axes)
+      if int8
+      else None
     )
     self.bias = (
       nnx.Param(jnp.zeros(out_shape, param_dtype), out_sharding=out_axes)
@@ -78,6 +85,8 @@ class Linear(nnx.Module):
     """Contracts the last dimensions of `x`."""
     x = x.astype(self.dtype)
     y = _contract(x, self.kernel[...].astype(self.dtype), self.contracted)
+    if self.scale is not None:
+      y = y * with_leading(self.scale[...].astype(self.dtype), y.ndim)
     if self.lora_scale:
       low = _contract(x, self.lora_a[...].astype(self.dtype), self.contracted)
       high = _contract(low, self.lora_b[...].astype(self.dtype), 1)

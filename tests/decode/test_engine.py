@@ -198,3 +198,25 @@ def test_what_does_not_fit_is_refused(engine):
     bare.generate([[1, 2]], values=True)
   with pytest.raises(ValueError, match="sampler: .* 2 in all, got 1"):
     engine.generate(["a", "b"], sampler=[GREEDY])
+
+
+def test_searches_and_samples_with_an_int8_cache(engine):
+  config = dataclasses.replace(CONFIG, cache_dtype="int8")
+  small = Engine(
+    engine.policy, config, TOKENIZER, critic=engine.critic, eos_ids=EOS, slots=3
+  )
+  strategy = decode.Strategy(beams=2, max_steps=4, max_step_tokens=5)
+  options = {"max_new_tokens": 12}
+  together = small.search(PROMPTS, strategy, **options)
+  for prompt, each in zip(PROMPTS[:1], together, strict=False):
+    (alone,) = small.search([prompt], strategy, **options)
+    assert alone.tokens.tolist() == each.tokens.tolist()
+    assert alone.score == pytest.approx(each.score, abs=1e-4)
+  # Rounding to 8 bits moves log-probabilities, and not by much.
+  (exact,), (rounded,) = (
+    each.generate(PROMPTS[:1], sampler=GREEDY, max_new_tokens=12)[0]
+    for each in (engine, small)
+  )
+  same = exact.tokens[:1] == rounded.tokens[:1]
+  assert same.all()
+  assert 0 < abs(exact.logps[0] - rounded.logps[0]) < 0.05
