@@ -73,14 +73,20 @@ class Layout:
   def place(self, params: Params) -> Params:
     """Returns weights laid out to sample, from any mesh of these devices.
 
+    On a lone CPU every layer has arrays of its own (`models.unstack_layers`).
+
     Args:
-      params: of a policy or a value network.
+      params: of a policy or a value network, as `models.init` returns them.
     """
     if self.model.weight_dtype == INT8:
       # Where they lie: what moves is then int8 as well.
       params = jax.jit(models.quantize_weights)(params)
     head = "value" if "value_head" in params else "lm"
-    return jax.tree.map(_place, params, self.shapes(head))
+    params = jax.tree.map(_place, params, self.shapes(head))
+    devices = self.mesh.devices
+    if devices.size == 1 and devices.flat[0].platform == "cpu":
+      params = models.unstack_layers(params)
+    return params
 
 
 def make_layout(

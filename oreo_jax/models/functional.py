@@ -62,14 +62,14 @@ def apply(
   Attention is causal within a segment.
 
   Args:
-    params: as `init` returns them.
+    params: as `init` or `unstack_layers` returns them. The layers of the latter
+      are copied to one stack again, which only many tokens are worth.
     tokens: i32[B, T].
     config: the architecture.
     positions: i32[B, T], position in the sequence; 0..T-1 by default, or the
       count within the segment when `segment_ids` is given.
     segment_ids: i32[B, T], 0 = padding, k > 0 = k-th sequence of the row; one
-      sequence a row by default. Not read in cache mode.
-    cache: of `init_cache`.
+      sequence a row by default.
     start: [B, T, D], what `trunk` said of the same rows; only the layers above
       it are run.
     start_layer: how many layers that trunk has.
@@ -81,11 +81,10 @@ def apply(
     ValueError: when shapes do not agree.
   """
   positions, segment_ids = _layout(tokens, positions, segment_ids)
-  if _unstacked(params) is not None:
-    raise ValueError(
-      "params: expected stacked layers, as `init` returns them, got those of "
-      "`unstack_layers`, which `prefill` and `apply_branches` take"
-    )
+  layers = _unstacked(params)
+  if layers is not None:
+    stacked = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    params = {**params, "layers": stacked}
   module = _module(params, config)
   if start is None:
     return Output(module(tokens, positions, segment_ids), None)
@@ -227,15 +226,18 @@ def unstack_layers(params: Params) -> Params:
   without, one of 32 rows 172 and 159 (one core, float32). The layers run one
   after the other, so that there is more to compile.
 
-  `prefill` and `apply_branches` take such weights, `apply` does not. The arrays
-  are copies.
+  `prefill`, `apply_branches` and `apply` take such weights, training does not.
+  The arrays are copies.
   """
-  layers = params["layers"]
+  return {**params, "layers": _each_layer(params["layers"])}
+
+
+@jax.jit
+def _each_layer(layers: Params) -> tuple[Params, ...]:
   count = jax.tree.leaves(layers)[0].shape[0]
-  each = tuple(
+  return tuple(
     jax.tree.map(lambda x, at=i: x[at], layers) for i in range(count)
   )
-  return {**params, "layers": each}
 
 
 def _unstacked(params: Params) -> tuple[Params, ...] | None:
