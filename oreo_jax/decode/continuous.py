@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from oreo_jax.config import ModelConfig
@@ -83,7 +82,7 @@ def answer_requests(
   slots: int,
   stops: Stops | None = None,
   rows_per_prompt: int | None = None,
-  refill: float = 1 / 16,
+  refill: float = 1 / 32,
   most_steps: int = 64,
   usage: Usage | None = None,
   on_growing: OnGrowing | None = None,
@@ -151,8 +150,8 @@ def answer_requests(
       queue.begin(assigned),
       key,
       stops,
-      jnp.int32(most_steps),
-      jnp.int32(enough),
+      np.int32(most_steps),
+      np.int32(enough),
       config=config,
       eos_ids=tuple(eos_ids),
     )
@@ -263,7 +262,7 @@ class Queue:
     self.share = share
     self.groups = rows_that_divide(-(-slots // share), mesh)
     self.rows = self.groups * share
-    self.reads = rows_that_divide(max(self.groups // 16, 1), mesh)
+    self.reads = rows_that_divide(max(self.groups // 32, 1), mesh)
     self.requests = requests
     self.schedule = Schedule(requests, self.groups, share)
     self.active: dict[int, Assignment] = {}
