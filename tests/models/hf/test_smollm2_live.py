@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M: logits and greedy tokens against transformers.
+"""The real SmolLM2-135M: logits, greedy tokens, and where its steps end.
 
 Runs where torch is installed and OREO_SMOLLM2 names the directory that
 scripts/convert_smollm2.py makes.
@@ -10,6 +10,7 @@ import os
 import jax
 import numpy as np
 import pytest
+from oracles import stops as oracle
 
 torch = pytest.importorskip("torch", reason="needs torch (CPU is enough)")
 transformers = pytest.importorskip("transformers")
@@ -143,3 +144,39 @@ def test_greedy_tokens_equal_transformers():
     print(f"row {i}, token {first}: {want[first]} or {got[first]}, {gap:.1e}")
     assert 0 <= gap < 1e-3
   print(f"{equal} of {len(rows)} rows equal over {NEW_TOKENS} tokens")
+
+
+@pytest.mark.parametrize(
+  "delimiters",
+  [
+    decode.DELIMITERS["lines"],
+    decode.DELIMITERS["sentences"],
+    ("\n\n",),
+    ("####", "</s>", "é", " and"),
+  ],
+)
+def test_steps_end_where_the_text_says(delimiters):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(PATH)
+  stops = decode.make_stops(tokenizer, delimiters, len(tokenizer))
+  rng = np.random.default_rng(0)
+  answers = [rng.integers(0, len(tokenizer), 24) for _ in range(300)]
+  answers += [
+    # Steps that end inside a token, across tokens, and in half a character.
+    np.asarray(tokenizer(text)["input_ids"])
+    for text in (
+      *(STORY + question + "\n\n \n" for question in QUESTIONS),
+      "One. Two!  Three?\n\n\nFour... 5.5 #### 6 and 7</s> caf\u00e9\u00e9 "
+      "\U0001f600. \u4f60\u597d\u3002\n",
+    )
+  ]
+  ended = 0
+  for ids in answers:
+    want = oracle.step_ends(
+      lambda some: tokenizer.decode(some, skip_special_tokens=True),
+      ids.tolist(),
+      delimiters,
+    )
+    ends = decode.step_ends(stops, ids)
+    assert ends.tolist() == want, tokenizer.decode(ids)
+    ended += ends.sum()
+  assert ended > 10
