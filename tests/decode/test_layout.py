@@ -197,20 +197,78 @@ def test_no_token_gathers_weights_or_caches(tensor):
       eos_ids=(0,),
       max_new_tokens=new,
     ).compile()
-  counted = costs.count(
-    hlo.parse(compiled.as_text()),
-    groups.Slices([0] * 8),
-    loop_lengths=(new,),
-  )
   # A device's rows and heads of one layer of the smaller cache, the local one;
   # a gather of it, or of the smallest weight of a layer, would be larger.
   least = rows // (8 // tensor) * (4 // tensor) * new * 4 * 4
-  moved = [item for item in counted.collectives if item.devices > 1]
-  gathers = [x for x in moved if x.kind in ("all-gather", "all-to-all")]
-  assert all(item.payload < least for item in gathers), gathers
+  moved = exchanges(compiled, new)
+  assert all(item.payload < least for item in gathers(moved)), moved
   if tensor == 1:
     # Whether any row goes on, and whether any is random: a few flags.
     assert all(item.payload <= 16 for item in moved)
+
+
+def exchanges(compiled, steps):
+  """What devices send each other in a program, whose loop takes some steps."""
+  counted = costs.count(
+    hlo.parse(compiled.as_text()),
+    groups.Slices([0] * 8),
+    loop_lengths=(steps,),
+  )
+  return [item for item in counted.collectives if item.devices > 1]
+
+
+def gathers(moved):
+  return [x for x in moved if x.kind in ("all-gather", "all-to-all")]
+
+
+@TENSOR
+def test_slots_are_refilled_without_gathering_weights_or_caches(tensor):
+  config = dataclasses.replace(tiny.MODEL, num_kv_heads=4)
+  layout = layout_of(config, tensor=tensor)
+  # Prompts are long here, so that a pool of them is more than anything else.
+  groups_, share, room, new = 16, 2, 24, 6
+  rows = groups_ * share
+  none = np.zeros(rows, np.int32)
+  sampling = sampling_rows([Sampler(0.8, top_p=0.9)] * rows)
+  begin = slots.Begin(np.zeros(rows, bool), none, none, sampling, none, none)
+  count = 8  # prompts that are read together
+  weights = layout.shapes()
+  with jax.set_mesh(layout.mesh):
+    state = slots.empty_slots(
+      KEY,
+      config=layout.model,
+      groups=groups_,
+      rows_per_group=share,
+      room=room,
+      slots=new,
+    )
+    grown = slots.turn.lower(
+      weights,
+      state,
+      begin,
+      KEY,
+      None,
+      np.int32(new),
+      np.int32(0),
+      config=layout.model,
+      eos_ids=(0,),
+    ).compile()
+    read = slots.read_into.lower(
+      weights,
+      state,
+      np.zeros((count, room), np.int32),
+      np.ones(count, np.int32),
+      np.arange(count, dtype=np.int32),
+      config=layout.model,
+    ).compile()
+  local = state.rows.cache.keys.nbytes // config.num_layers // 8
+  moved = exchanges(grown, new)
+  assert all(item.payload < local for item in gathers(moved)), moved
+  # Which device has the group of a prompt is not known ahead, so that what was
+  # read goes to all of those; the prompts that are there stay where they are.
+  pool = state.shared.cache.keys.nbytes
+  sent = [item.payload for item in gathers(exchanges(read, new))]
+  assert max(sent) <= pool * count // groups_ // tensor
 
 
 def test_fsdp_would_gather_every_weight_for_every_token():
@@ -233,12 +291,9 @@ def test_fsdp_would_gather_every_weight_for_every_token():
       eos_ids=(0,),
       max_new_tokens=6,
     ).compile()
-  counted = costs.count(
-    hlo.parse(compiled.as_text()), groups.Slices([0] * 8), loop_lengths=(6,)
-  )
   gathered = sum(
     item.payload * item.times
-    for item in counted.collectives
+    for item in exchanges(compiled, 6)
     if item.kind == "all-gather" and item.times >= 6
   )
   layers = sum(x.size * 4 for x in jax.tree.leaves(params["layers"]))
