@@ -2,21 +2,15 @@
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.models.cache import Cache, Shared, constrain_cache, init_cache
+from oreo_jax.models.cached import apply_branches, prefill, unstack_layers
 from oreo_jax.models.functional import (
   Output,
-  Params,
-  abstract_params,
   apply,
-  apply_branches,
   count_params,
   head_matrix,
-  init,
-  logical_axes,
   logits,
-  prefill,
   segment_positions,
   trunk,
-  unstack_layers,
   value_params,
   values,
 )
@@ -32,6 +26,20 @@ from oreo_jax.models.lora import (
 )
 from oreo_jax.models.presets import preset
 from oreo_jax.models.quantize import quantize_weights
+from oreo_jax.models.shared_layers import (
+  common_layers,
+  has_trunk,
+  layers_above,
+  share_trunk,
+  stands_on,
+)
+from oreo_jax.models.skeleton import (
+  Params,
+  abstract_params,
+  count_layers,
+  init,
+  logical_axes,
+)
 
 __all__ = [
   "Cache",
@@ -43,13 +51,17 @@ __all__ = [
   "add_adapters",
   "apply",
   "apply_branches",
+  "common_layers",
   "constrain_cache",
+  "count_layers",
   "count_params",
   "fold_multipliers",
+  "has_trunk",
   "head_matrix",
   "init",
   "init_cache",
   "join_adapters",
+  "layers_above",
   "load_hf",
   "logical_axes",
   "logits",
@@ -60,6 +72,8 @@ __all__ = [
   "save_adapter",
   "save_hf",
   "segment_positions",
+  "share_trunk",
+  "stands_on",
   "split_adapters",
   "trunk",
   "unstack_layers",

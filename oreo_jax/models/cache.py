@@ -105,13 +105,6 @@ def put(cache: Cache, new: Cache, layer: jax.Array, slot: jax.Array) -> Cache:
   return jax.tree.map(write, cache, new)
 
 
-def layer_of(cache: Cache, layer: jax.Array) -> Cache:
-  """Returns one layer of a cache."""
-  return jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache
-  )
-
-
 def branch_layout(
   shared: tuple[Shared, ...],
   slots: int,

@@ -19,12 +19,6 @@ import numpy as np
 from flax import traverse_util
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.models.functional import (
-  HEADS,
-  Params,
-  abstract_params,
-  logical_axes,
-)
 from oreo_jax.models.hf.families import FAMILIES, Key, Layout, read_config
 from oreo_jax.models.hf.files import (
   SafetensorFiles,
@@ -32,6 +26,12 @@ from oreo_jax.models.hf.files import (
   gguf_config,
   open_gguf,
   read_json,
+)
+from oreo_jax.models.skeleton import (
+  HEADS,
+  Params,
+  abstract_params,
+  logical_axes,
 )
 from oreo_jax.sharding import shardings_of
 

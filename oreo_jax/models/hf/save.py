@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 from oreo_jax import files, hosts
 from oreo_jax.config import ModelConfig
 from oreo_jax.hosts import to_host
-from oreo_jax.models.functional import HEADS, Params
 from oreo_jax.models.hf.families import (
   FAMILIES,
   Key,
@@ -32,6 +31,7 @@ from oreo_jax.models.hf.files import INDEX, SINGLE
 from oreo_jax.models.hf.fold import fold_multipliers
 from oreo_jax.models.hf.load import joined_shape
 from oreo_jax.models.lora import ADAPTER, merge_adapters
+from oreo_jax.models.skeleton import HEADS, Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
