@@ -107,14 +107,25 @@ def admit(
       old.lengths.at[slots].set(read.lengths, mode="drop"),
     )
 
-  _, read = read_prompts(plan.policy, prompts, lengths - 1, plan.config)
-  prompt_cache = put_prompts(state.prompt_cache, read)
+  # A critic that goes on from the policy's layers reads the last token too.
+  depth = plan.shared_layers
+  out, read = read_prompts(
+    plan.policy,
+    prompts,
+    lengths if depth else lengths - 1,
+    plan.config,
+    stream_at=depth or None,
+  )
+  prompt_cache = put_prompts(
+    state.prompt_cache, read._replace(lengths=lengths - 1)
+  )
   critic_prompts = state.critic_prompts
   if plan.critic is not None and critic_prompts is not None:
-    hidden, read = read_prompts(
-      plan.critic, prompts, lengths, plan.critic_config
+    out, read = read_prompts(
+      plan.critic, prompts, lengths, plan.critic_config, start=out.stream
     )
-    values = models.values(plan.critic, hidden[jnp.arange(new), lengths - 1])
+    hidden = out.hidden[jnp.arange(new), lengths - 1]
+    values = models.values(plan.critic, hidden)
     critic_prompts = put_prompts(critic_prompts, read)
 
   count = new * beams

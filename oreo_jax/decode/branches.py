@@ -7,7 +7,7 @@ share is read where it lies, in levels (see `models.cache`).
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -82,18 +82,12 @@ def propose(plan: Plan, stems: Stems, keys: jax.Array) -> Rows:
     fed=jnp.repeat(stems.fed, branches),
     stop_state=jnp.repeat(stems.stop_state, branches),
     slots=plan.step_tokens,
+    keeps_stream=plan.shared_layers > 0,
   )
-  for extend in (grow_first, grow):
-    rows = extend(
-      plan.policy,
-      stems.shared,
-      stems.texts,
-      rows,
-      plan.config,
-      eos_ids=plan.eos_ids,
-      stops=stops,
-    )
-  return rows
+  read = plan.policy, stems.shared, stems.texts
+  ends: Any = {"eos_ids": plan.eos_ids, "stops": stops}
+  rows = grow_first(*read, rows, plan.config, **ends)
+  return grow(*read, rows, plan.config, stream_at=plan.shared_layers, **ends)
 
 
 def judge(
@@ -122,6 +116,9 @@ def judge(
   if plan.critic is None:
     return before, None
   room = grown.tokens.shape[1]
+  start = None
+  if plan.shared_layers:
+    start = _streams(plan, stems, grown)
   read = models.apply_branches(
     plan.critic,
     grown.tokens,
@@ -129,6 +126,7 @@ def judge(
     shared=stems.critic_shared,
     local=models.init_cache(plan.critic_config, count, room),
     slot=0,
+    start=start,
   )
   # Column i is V after i new tokens, in this and in the masks below.
   along = jnp.concatenate(
@@ -160,6 +158,43 @@ def judge(
   )
   # It gives a cache back because it got one.
   return reading, read.cache
+
+
+def _streams(plan: Plan, stems: Stems, grown: Rows) -> jax.Array:
+  """Returns what the layers that both networks have say of the new tokens.
+
+  The policy has said it of all of them while it drew the next one, but for the
+  last token of a branch, which was fed to nobody. These layers read that token
+  now. What they keep of it is dropped: where the branch is chosen its last
+  token is fed in the next step, once for all that grows from it.
+
+  Args:
+    plan: of the search, with shared layers.
+    stems: R texts.
+    grown: R * K branches of them.
+
+  Returns:
+    [R * K, M, D], in the order of the tokens; rubbish behind the last one.
+  """
+  rows, room = grown.tokens.shape
+  last = models.apply_branches(
+    plan.policy,
+    grown.fed[:, None],
+    plan.config,
+    # The branches are a level, as in `lookahead`: one that ended early was fed
+    # its last token over and over, behind what its length says.
+    shared=(*stems.shared, Shared(grown.cache, grown.lengths)),
+    local=models.init_cache(plan.config, rows, 1),
+    slot=0,
+    stream_at=plan.shared_layers,
+  ).stream
+  # Both are there, because they were asked for.
+  along, last = cast(jax.Array, grown.stream), cast(jax.Array, last)
+  # Slot 0 is of the last token of the stem, which the critic has read.
+  along = jnp.roll(along, -1, axis=1)
+  column = jnp.arange(room, dtype=jnp.int32)[None]
+  is_last = column == grown.lengths[:, None] - 1
+  return jnp.where(is_last[..., None], last, along)
 
 
 def _step_ends(plan: Plan, stems: Stems, grown: Rows) -> jax.Array:

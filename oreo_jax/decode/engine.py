@@ -67,7 +67,9 @@ class Engine:
       config: its architecture.
       tokenizer: a fast tokenizer; not needed where prompts are token ids and
         no stop string is given. Without one a completion has no text.
-      critic: a value network, for values and for searches that are guided.
+      critic: a value network, for values and for searches that are guided. Of
+        `models.share_trunk(critic, policy)` the layers that both have are held
+        once, and run once in a search.
       critic_config: its architecture when it is another one.
       eos_ids: tokens that end an answer; by default the tokenizer's.
       slots: answers that grow at the same time.

@@ -18,6 +18,7 @@ from oreo_jax.decode.sampling import Sampling, draw
 from oreo_jax.decode.stops import Stops
 from oreo_jax.decode.stops import advance as read_stops
 from oreo_jax.models import Cache, Params, Shared
+from oreo_jax.sharding import constrain_batch
 
 
 class Rows(NamedTuple):
@@ -38,6 +39,9 @@ class Rows(NamedTuple):
   # Of M slots, a ring (see `models.cache`) in which step i writes slot i % M:
   # all tokens that were fed.
   cache: Cache
+  # [R, M, D], what the policy's layer `stream_at` was given of each of them, in
+  # the same slots; None where nobody asks for it. `grow_first` writes none.
+  stream: jax.Array | None = None
 
 
 class Text(NamedTuple):
@@ -56,6 +60,7 @@ def start_rows(
   fed: jax.Array,
   slots: int,
   stop_state: jax.Array | None = None,
+  keeps_stream: bool = False,
 ) -> Rows:
   """Returns rows without a new token.
 
@@ -67,9 +72,15 @@ def start_rows(
     fed: i32[R], the last token of the text that each row continues.
     slots: M.
     stop_state: i32[R], of the automaton at that token; its start by default.
+    keeps_stream: whether `grow` keeps the stream at a layer.
   """
   rows = fed.shape[0]
   none = jnp.zeros(rows, bool)
+  stream = None
+  if keeps_stream:
+    stream = constrain_batch(
+      jnp.zeros((rows, slots, config.embed_dim), config.dtype)
+    )
   return Rows(
     keys=keys,
     sampling=sampling,
@@ -84,6 +95,7 @@ def start_rows(
     active=limits > 0,
     steps=jnp.zeros((), jnp.int32),
     cache=models.init_cache(config, rows, slots),
+    stream=stream,
   )
 
 
@@ -98,6 +110,7 @@ def grow(
   stops: Stops | None = None,
   most_steps: jax.Array | int | None = None,
   enough: jax.Array | int = 0,
+  stream_at: int | None = None,
 ) -> Rows:
   """Adds tokens to all active rows, in one `while_loop`.
 
@@ -115,6 +128,7 @@ def grow(
     stops: where a step ends; None: go on to the end.
     most_steps: i32[], tokens to add to a row; M by default.
     enough: i32[], the loop ends when no more rows than that are active.
+    stream_at: the layer whose input `Rows.stream` keeps, where it is kept.
 
   Returns:
     The rows, later.
@@ -130,7 +144,14 @@ def grow(
   def body(carry: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
     step, rows = carry
     return step + 1, _add_token(
-      policy, shared, texts, rows, config, eos_ids=eos_ids, stops=stops
+      policy,
+      shared,
+      texts,
+      rows,
+      config,
+      eos_ids=eos_ids,
+      stops=stops,
+      stream_at=stream_at,
     )
 
   start = (jnp.zeros((), jnp.int32), rows)
@@ -202,20 +223,28 @@ def _add_token(
   *,
   eos_ids: tuple[int, ...],
   stops: Stops | None,
+  stream_at: int | None,
 ) -> Rows:
   """Feeds every row its last token and draws the next one."""
+  slot = rows.steps % rows.tokens.shape[1]
   out = models.apply_branches(
     policy,
     rows.fed[:, None],
     config,
     shared=shared,
     local=rows.cache,
-    slot=rows.steps % rows.tokens.shape[1],
+    slot=slot,
     counts=rows.lengths,
+    stream_at=None if rows.stream is None else stream_at,
   )
   logits = models.logits(policy, out.hidden[:, 0], config)
   # It gives a cache back because it got one.
   rows = rows._replace(cache=cast(Cache, out.cache))
+  if rows.stream is not None and out.stream is not None:
+    stream = jax.lax.dynamic_update_slice_in_dim(
+      rows.stream, out.stream, slot, axis=1
+    )
+    rows = rows._replace(stream=stream)
   return _draw_token(rows, logits, texts, eos_ids=eos_ids, stops=stops)
 
 

@@ -70,13 +70,16 @@ class Layout:
     shardings = shardings_of(axes, shapes, self.mesh)
     return jax.tree_util.tree_map_with_path(shape, shapes, shardings)
 
-  def place(self, params: Params) -> Params:
+  def place(self, params: Params, *, beside: Params | None = None) -> Params:
     """Returns weights laid out to sample, from any mesh of these devices.
 
     On a lone CPU every layer has arrays of its own (`models.unstack_layers`).
 
     Args:
       params: of a policy or a value network, as `models.init` returns them.
+      beside: another network of this architecture that is laid out already. The
+        first layers, where both are the same, are then held once: see
+        `models.share_trunk`.
     """
     if self.model.weight_dtype == INT8:
       # Where they lie: what moves is then int8 as well.
@@ -86,7 +89,7 @@ class Layout:
     devices = self.mesh.devices
     if devices.size == 1 and devices.flat[0].platform == "cpu":
       params = models.unstack_layers(params)
-    return params
+    return params if beside is None else models.share_trunk(params, beside)
 
 
 def make_layout(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from oreo_jax import models
 from oreo_jax.config import ModelConfig
 from oreo_jax.decode.sampling import (
   ANCESTRAL,
@@ -160,6 +161,9 @@ class Plan:
   max_new_tokens: int = _static()
   eos_ids: tuple[int, ...] = _static()
   granularity: str = _static()
+  # Layers that the critic does not have: it starts from what the policy's say.
+  # `critic_config` is of the others.
+  shared_layers: int = _static(default=0)
 
   @property
   def step_tokens(self) -> int:
@@ -188,7 +192,8 @@ def make_plan(
   Args:
     policy: proposes steps.
     critic: a value network, `init(..., head="value")`; None if the score takes
-      no values.
+      no values. One of `models.share_trunk(critic, policy)` goes on from what
+      the policy says of a token, and runs and caches its own layers alone.
     key: a `jax.random.key`.
     config: architecture of the policy.
     strategy: how candidates are made and chosen.
@@ -209,6 +214,17 @@ def make_plan(
       "stops: expected where a step ends, got None; only whole answers that a "
       "critic of token level judges do without"
     )
+  critic_config, shared_layers = critic_config or config, 0
+  if critic is not None and models.has_trunk(critic):
+    if not models.stands_on(critic, policy):
+      raise ValueError(
+        "critic: expected one on the layers of this very policy, got one that "
+        "shares those of other arrays; call models.share_trunk(critic, policy) "
+        "with a whole critic"
+      )
+    layers = critic_config.num_layers
+    critic, critic_config = models.layers_above(critic, critic_config)
+    shared_layers = layers - critic_config.num_layers
   return Plan(
     policy=policy,
     critic=critic,
@@ -216,11 +232,12 @@ def make_plan(
     key=key,
     sampling=jax.tree.map(np.squeeze, sampling_rows([sampler])),
     config=config,
-    critic_config=critic_config or config,
+    critic_config=critic_config,
     strategy=strategy,
     max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids),
     granularity=granularity,
+    shared_layers=shared_layers,
   )
 
 

@@ -49,7 +49,10 @@ def read_prompts(
   prompts: jax.Array,
   lengths: jax.Array,
   config: ModelConfig,
-) -> tuple[jax.Array, Shared]:
+  *,
+  start: jax.Array | None = None,
+  stream_at: int | None = None,
+) -> tuple[models.Output, Shared]:
   """Reads the first `lengths` tokens of each prompt.
 
   Args:
@@ -59,12 +62,16 @@ def read_prompts(
       fed to the first decoding step, so that every step, the first included,
       feeds one token and reads one distribution.
     config: the architecture.
+    start: as in `models.prefill`.
+    stream_at: as in `models.prefill`.
 
   Returns:
-    (hidden [P, W, D], the prompts as a level that rows can share).
+    (what `models.prefill` does, the prompts as a level that rows can share).
   """
   prompts, lengths = constrain_batch(prompts), constrain_batch(lengths)
-  out = models.prefill(params, prompts, config, lengths=lengths)
+  out = models.prefill(
+    params, prompts, config, lengths=lengths, start=start, stream_at=stream_at
+  )
   # It gives a cache.
   cache = models.constrain_cache(cast(Cache, out.cache))
-  return out.hidden, Shared(cache, lengths)
+  return out, Shared(cache, lengths)

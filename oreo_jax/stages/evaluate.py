@@ -150,7 +150,7 @@ def _examine(
   outcomes = methods.plain_methods(policy, label, exam)
   if "critic" not in roles:
     return outcomes, {}
-  judge = _judge(workspace, layout, stage)
+  judge = _judge(workspace, layout, stage, policy)
   outcomes += methods.sampled_methods(policy, judge, label, exam)
   if judge is None:
     return outcomes, {}
@@ -161,9 +161,12 @@ def _examine(
 
 
 def _judge(
-  workspace: Workspace, layout: Layout, stage: str
+  workspace: Workspace, layout: Layout, stage: str, policy: Params
 ) -> methods.Judge | None:
-  """Returns a stage's value network, None where it cannot rank answers."""
+  """Returns a stage's value network, None where it cannot rank answers.
+
+  It holds no layers of its own where they are the policy's.
+  """
   trained = workspace.record(stage)["settings"]["train"]
   if trained["granularity"] == "response":
     logging.warning(
@@ -174,7 +177,7 @@ def _judge(
     )
     return None
   return methods.Judge(
-    layout.place(workspace.load_model(stage, "critic")[0]),
+    layout.place(workspace.load_model(stage, "critic")[0], beside=policy),
     trained["granularity"],
     trained["reward_scale"],
     trained["reward_offset"],

@@ -42,12 +42,15 @@ def _engine(workspace: Workspace, layout: Layout) -> decode.Engine:
     else (workspace.start_policy(), config.model)
   )
   layout = layout.of(model)
+  policy = layout.place(policy)
   critic, critic_model = _critic(workspace, objective, roles)
   if critic is not None and critic_model is not None:
     critic_layout = layout.of(critic_model)
-    critic, critic_model = critic_layout.place(critic), critic_layout.model
+    critic_model = critic_layout.model
+    same = critic_model == layout.model
+    critic = critic_layout.place(critic, beside=policy if same else None)
   return decode.Engine(
-    layout.place(policy),
+    policy,
     layout.model,
     workspace.tokenizer,
     critic=critic,

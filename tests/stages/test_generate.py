@@ -168,3 +168,21 @@ def test_programs_are_kept_in_a_folder_of_this_kind_of_machine(
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   compilation.keep_programs()
   assert not settings
+
+
+def test_a_value_network_on_the_same_layers_is_held_once(checkpoint, tmp_path):
+  policy, model = models.load_hf(checkpoint)
+  critic = models.value_params(policy, model)
+  up = critic["layers"]["up"]
+  up["kernel"] = up["kernel"].at[-1].multiply(2.0)
+  folder = tmp_path / "value"
+  models.save_hf(folder, critic, model, tokenizer=data.make_tokenizer("byte"))
+  config = Config(
+    init=str(checkpoint),
+    generate=GenerateConfig(prompt="2 + 2 =", value=str(folder)),
+  )
+  workspace = Workspace(config, tmp_path / "nothing is written here")
+  engine = generate._engine(workspace, workspace.layout("lm", "value"))
+  assert models.stands_on(engine.critic, engine.policy)
+  own, _ = models.layers_above(engine.critic, engine.critic_config)
+  assert models.count_layers(own) == 1

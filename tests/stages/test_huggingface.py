@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import tiny
@@ -164,10 +165,10 @@ def test_value_objective_learns_and_keeps_no_policy(trained):
   assert trained.roles("value") == ["critic"]
 
 
-def test_a_kept_trunk_trains_as_one_that_runs_every_step(
-  checkpoint, trajectories, tmp_path
-):
-  losses = {}
+@pytest.fixture(scope="module")
+def adapted_above(checkpoint, trajectories, tmp_path_factory):
+  """Critics with adapters in the last layer alone, by `train.keep_trunk`."""
+  workspaces = {}
   for keep_trunk in (False, True):
     config = make_config(
       checkpoint,
@@ -178,9 +179,16 @@ def test_a_kept_trunk_trains_as_one_that_runs_every_step(
       keep_trunk=keep_trunk,
     )
     config.lora.last_layers = 1
-    workspace = Workspace(config, tmp_path / str(keep_trunk))
+    folder = tmp_path_factory.mktemp("adapted")
+    workspace = workspaces[keep_trunk] = Workspace(config, folder)
     with jax.set_mesh(workspace.mesh):
       train.train_objective(workspace)
+  return workspaces
+
+
+def test_a_kept_trunk_trains_as_one_that_runs_every_step(adapted_above):
+  losses = {}
+  for keep_trunk, workspace in adapted_above.items():
     folder = workspace.path("value")
     assert (folder / "trunk").is_dir() == keep_trunk
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -189,6 +197,27 @@ def test_a_kept_trunk_trains_as_one_that_runs_every_step(
   assert len(losses[True]) > 4
   np.testing.assert_allclose(losses[True], losses[False], rtol=2e-2)
   assert losses[True] != losses[False]
+
+
+def test_a_search_holds_the_frozen_layers_once(adapted_above, trained):
+  for workspace, alike in ((adapted_above[False], True), (trained, False)):
+    layout = workspace.layout("lm", "value")
+    policy = layout.place(workspace.start_policy())
+    critic = evaluate._judge(workspace, layout, "value", policy).critic
+    assert models.has_trunk(critic) == alike
+    if alike:
+      assert models.stands_on(critic, policy)
+      own, config = models.layers_above(critic, layout.model)
+      assert config.num_layers == models.count_layers(own) == 1
+    # What it says is what the saved one says.
+    whole = workspace.load_model("value", "critic")[0]
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
+    want, got = (
+      models.values(x, models.apply(x, tokens, layout.model).hidden)
+      for x in (whole, critic)
+    )
+    assert np.ptp(want) > 1e-3
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_value_objective_trains_adapters_on_one_copy_of_the_base(checkpoint):
