@@ -66,7 +66,7 @@ def make_ours(folder: str):
   params, config = models.load_hf(
     folder, dtype="float32", param_dtype="float32"
   )
-  apart = models.unstack_layers(params)
+  apart, config = models.unstack_layers(params, config)
 
   def generate(batch: int):
     out = decode.generate(
@@ -82,23 +82,26 @@ def make_ours(folder: str):
 
   @jax.jit
   def multiply(layers, table, x):
+    """Runs x [D, rows] through the matrices, each the first of its product."""
     for layer in layers:
-      q, k, v, o, gate, up, down = (
-        layer[name]["kernel"].reshape(-1, layer[name]["kernel"].shape[-1])
-        if name in ("o",)
-        else layer[name]["kernel"].reshape(layer[name]["kernel"].shape[0], -1)
-        for name in ("q", "k", "v", "o", "gate", "up", "down")
+      q, k, v, gate, up = (
+        layer[name]["kernel"].reshape(-1, config.embed_dim)
+        for name in ("q", "k", "v", "gate", "up")
+      )
+      o, down = (
+        layer[name]["kernel"].reshape(config.embed_dim, -1)
+        for name in ("o", "down")
       )
       # Every product counts in the result, so that none is left out.
-      y = x @ q + jnp.sum(x @ k) * 1e-9 + jnp.sum(x @ v) * 1e-9
-      x = x + y @ o
-      x = x + ((x @ gate) * (x @ up)) @ down
+      y = q @ x + jnp.sum(k @ x) * 1e-9 + jnp.sum(v @ x) * 1e-9
+      x = x + o @ y
+      x = x + down @ ((gate @ x) * (up @ x))
     if table is not None:
-      x = x + jnp.sum(x @ table.T) * 1e-9
+      x = x + jnp.sum(table @ x) * 1e-9
     return x
 
   def products(rows: int, head: bool):
-    x = jnp.ones((rows, config.embed_dim), jnp.float32) * 1e-3
+    x = jnp.ones((config.embed_dim, rows), jnp.float32) * 1e-3
     table = params["embedding"] if head else None
     return multiply(apart["layers"], table, x).block_until_ready()
 
@@ -255,7 +258,9 @@ def measure_collection(size: str, repeats: int) -> dict:
   config = dataclasses.replace(
     ModelConfig() if few else Config().model, vocab_size=64
   )
-  policy = models.unstack_layers(models.init(jax.random.key(0), config))
+  policy, config = models.unstack_layers(
+    models.init(jax.random.key(0), config), config
+  )
   prompts, samples, slots = (12, 2, 4) if few else (256, 8, 64)
   rng = np.random.default_rng(0)
   # Some problems are long: of a lognormal distribution the mean is 57, and of 8

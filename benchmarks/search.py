@@ -67,13 +67,16 @@ class Models:
     """Draws the weights."""
     config = dataclasses.replace(Config().model, vocab_size=VOCAB)
     # On a CPU layers that stand one after the other are faster.
-    self.config = dataclasses.replace(config, unroll=config.num_layers)
     keys = jax.random.split(jax.random.key(0), 3)
-    self.policy = models.init(keys[0], self.config)
-    self.critic = models.init(keys[1], self.config, head="value")
+    critic = models.init(keys[1], config, head="value")
     # A head of zeros would rank nothing.
-    head = self.critic["value_head"]
-    self.critic["value_head"] = jax.random.normal(keys[2], head.shape)
+    critic["value_head"] = jax.random.normal(
+      keys[2], critic["value_head"].shape
+    )
+    # As the stages hold them on a lone CPU.
+    policy = models.init(keys[0], config)
+    self.policy, self.config = models.unstack_layers(policy, config)
+    self.critic, _ = models.unstack_layers(critic, config)
 
   def plan(self, steps: int, *, critic=True, score=decode.by_value, eos=()):
     """Returns the plan of a search of at most so many steps.
@@ -85,7 +88,7 @@ class Models:
       eos: tokens that end an answer.
     """
     return decode.make_plan(
-      models.unstack_layers(self.policy),
+      self.policy,
       self.critic if critic else None,
       jax.random.key(1),
       self.config,

@@ -63,6 +63,8 @@ class ModelConfig(Section):
   cache_dtype: str = choice("dtype", INT8)
   # Of projections, embedding and head; set by sampling.weights.
   weight_dtype: str = choice("param_dtype", INT8)
+  # Each layer has arrays of its own; set where a lone CPU samples.
+  layers_apart: bool = False
   family: str = ""  # Hugging Face model_type of exports; empty: one that fits
   max_positions: int = 0  # longest sequence it was trained for; 0: not stated
 
@@ -83,6 +85,11 @@ class ModelConfig(Section):
         name,
         f"left as it is: training knows no int8, set sampling.{instead}",
       )
+    yield Rule(
+      not self.layers_apart,
+      "layers_apart",
+      "left as it is: training takes layers in one stack",
+    )
     yield Rule(
       len(self.rope_scaling) in (0, 4),
       "rope_scaling",

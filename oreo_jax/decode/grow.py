@@ -154,8 +154,10 @@ def grow(
       stream_at=stream_at,
     )
 
+  rows = rows._replace(cache=models.carried(rows.cache))
   start = (jnp.zeros((), jnp.int32), rows)
-  return jax.lax.while_loop(unfinished, body, start)[1]
+  rows = jax.lax.while_loop(unfinished, body, start)[1]
+  return rows._replace(cache=models.resting(rows.cache))
 
 
 def grow_first(

@@ -43,7 +43,9 @@ class Layout:
 
   def of(self, model: ModelConfig) -> Layout:
     """Returns where a network of another architecture lies beside these."""
-    return Layout(self.mesh, dataclasses.replace(model, dtype=self.model.dtype))
+    how = ("dtype", "cache_dtype", "weight_dtype", "layers_apart")
+    settings = {name: getattr(self.model, name) for name in how}
+    return Layout(self.mesh, dataclasses.replace(model, **settings))
 
   def shapes(self, head: str = "lm") -> Params:
     """Returns the weights as abstract arrays with their shardings.
@@ -51,8 +53,11 @@ class Layout:
     Args:
       head: "lm" for a policy, "value" for a value network.
     """
-    axes = models.logical_axes(self.model, head=head)
-    shapes = models.abstract_params(self.model, head=head)
+    # As they are before layers are set apart, which devices that share them
+    # do not know.
+    model = dataclasses.replace(self.model, layers_apart=False)
+    axes = models.logical_axes(model, head=head)
+    shapes = models.abstract_params(model, head=head)
     dtype = jnp.dtype(self.model.dtype)
 
     def shape(
@@ -86,9 +91,8 @@ class Layout:
       params = jax.jit(models.quantize_weights)(params)
     head = "value" if "value_head" in params else "lm"
     params = jax.tree.map(_place, params, self.shapes(head))
-    devices = self.mesh.devices
-    if devices.size == 1 and devices.flat[0].platform == "cpu":
-      params = models.unstack_layers(params)
+    if self.model.layers_apart:
+      params, _ = models.unstack_layers(params, self.model)
     return params if beside is None else models.share_trunk(params, beside)
 
 
@@ -123,6 +127,7 @@ def make_layout(
     dtype=dtype,
     cache_dtype=INT8 if settings.cache == INT8 else config.cache_dtype,
     weight_dtype=INT8 if settings.weights == INT8 else config.weight_dtype,
+    layers_apart=_is_lone_cpu(mesh),
   )
   if memory is None:
     memory = _memory_of(mesh)
@@ -182,6 +187,10 @@ def _with_tensor(mesh: Mesh, tensor: int) -> Mesh:
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
   )
+
+
+def _is_lone_cpu(mesh: Mesh) -> bool:
+  return mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def _memory_of(mesh: Mesh) -> float:

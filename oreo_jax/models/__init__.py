@@ -1,8 +1,16 @@
 """Decoder models as pure functions of nested dicts of arrays."""
 
 from oreo_jax.config import ModelConfig
-from oreo_jax.models.cache import Cache, Shared, constrain_cache, init_cache
-from oreo_jax.models.cached import apply_branches, prefill, unstack_layers
+from oreo_jax.models.apart import stack_layers, unstack_layers
+from oreo_jax.models.cache import (
+  Cache,
+  Shared,
+  carried,
+  constrain_cache,
+  init_cache,
+  resting,
+)
+from oreo_jax.models.cached import apply_branches, prefill
 from oreo_jax.models.functional import (
   Output,
   apply,
@@ -52,6 +60,7 @@ __all__ = [
   "apply",
   "apply_branches",
   "common_layers",
+  "carried",
   "constrain_cache",
   "count_layers",
   "count_params",
@@ -71,8 +80,10 @@ __all__ = [
   "quantize_weights",
   "save_adapter",
   "save_hf",
+  "resting",
   "segment_positions",
   "share_trunk",
+  "stack_layers",
   "stands_on",
   "split_adapters",
   "trunk",

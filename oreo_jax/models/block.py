@@ -69,6 +69,7 @@ class Block(nnx.Module):
         init_scale=shrink,
         bias=bias,
         int8=c.weight_dtype == INT8,
+        outputs_first=c.layers_apart,
         lora_rank=c.lora_rank if adapted else 0,
         lora_alpha=c.lora_alpha,
       )

@@ -15,7 +15,8 @@ its position in its rotation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,20 @@ class Cache(NamedTuple):
 
   Heads stand before slots, so that the keys of one head are one matrix. Take
   all arrays of it together with `jax.tree.map`: scales have the same dimensions
-  but the last, and may be absent.
+  but the last, and may be absent. With `config.layers_apart` a field is a tuple
+  of L arrays, whose first dimension is 1.
   """
 
-  keys: jax.Array
-  values: jax.Array
+  keys: Any
+  values: Any
   # f32[L, B, K, S], with which int8 keys and values are multiplied.
-  key_scales: jax.Array | None = None
-  value_scales: jax.Array | None = None
+  key_scales: Any = None
+  value_scales: Any = None
+
+  @property
+  def slots(self) -> int:
+    """Returns S."""
+    return jax.tree.leaves(self.keys)[0].shape[-2]
 
 
 class Shared(NamedTuple):
@@ -49,22 +56,19 @@ class Shared(NamedTuple):
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
   """Returns an empty cache for `batch` rows of at most `slots` tokens."""
-  shape = (
-    config.num_layers,
-    batch,
-    config.num_kv_heads,
-    slots,
-    config.head_dim,
-  )
+  shape = (batch, config.num_kv_heads, slots, config.head_dim)
+  count = config.num_layers
 
-  def zeros(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+  def zeros(shape: tuple[int, ...], dtype: str) -> Any:
+    if config.layers_apart:
+      return tuple(jnp.zeros((1, *shape), dtype) for _ in range(count))
+    return jnp.zeros((count, *shape), dtype)
 
   if config.cache_dtype == INT8:
-    return constrain_cache(
-      Cache(*zeros(shape, INT8), *zeros(shape[:-1], "float32"))
-    )
-  return constrain_cache(Cache(*zeros(shape, config.dtype)))
+    kept = [(shape, INT8)] * 2 + [(shape[:-1], "float32")] * 2
+  else:
+    kept = [(shape, config.dtype)] * 2
+  return constrain_cache(Cache(*(zeros(*each) for each in kept)))
 
 
 def constrain_cache(cache: Cache) -> Cache:
@@ -93,16 +97,72 @@ def entries(key: jax.Array, value: jax.Array, config: ModelConfig) -> Cache:
   return Cache(keys, values, key_scales, value_scales)
 
 
-def put(cache: Cache, new: Cache, layer: jax.Array, slot: jax.Array) -> Cache:
+def carried(cache: Cache) -> Cache:
+  """Returns a cache for a loop to carry and `apply_branches` to write.
+
+  With layers apart its arrays have no layer dimension there: what a CPU's loop
+  carries in one shape and reads in another is copied every time. `resting` is
+  the inverse.
+  """
+  return _each(lambda x: x[0], cache)
+
+
+def resting(cache: Cache) -> Cache:
+  """Returns the cache that a loop has carried, as it was before."""
+  return _each(lambda x: x[None], cache)
+
+
+def _each(change: Callable[[jax.Array], jax.Array], cache: Cache) -> Cache:
+  """Changes every array of layers that are apart."""
+  return Cache(
+    *(
+      tuple(change(x) for x in field) if type(field) is tuple else field
+      for field in cache
+    )
+  )
+
+
+def layer_of(cache: Cache, layer: jax.Array | int) -> Cache:
+  """Returns one layer, arrays [B, K, S, ...]; an int where they are apart."""
+  if type(cache.keys) is tuple:
+    index = cast(int, layer)
+    # One that a loop carries has no layer dimension.
+    whole = cache if cache.keys[0].ndim == 4 else carried(cache)
+    return Cache(*(x and x[index] for x in whole))
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache
+  )
+
+
+def put(
+  cache: Cache, new: Cache, layer: jax.Array | int, slot: jax.Array
+) -> Cache:
   """Writes T `entries` into one layer's slots slot, ..., slot + T - 1."""
 
-  def write(old: jax.Array, new: jax.Array) -> jax.Array:
-    start = [layer, 0, 0, slot, 0][: old.ndim]
+  def write(old: Any, new: jax.Array) -> Any:
+    if type(old) is tuple:
+      written = write_at(old[layer], new, 0)
+      return (*old[:layer], written, *old[layer + 1 :])
+    return write_at(old, new, layer)
+
+  def write_at(
+    old: jax.Array, new: jax.Array, layer: jax.Array | int
+  ) -> jax.Array:
+    start = [layer, 0, 0, slot, 0][: new.ndim + 1]
+    if old.ndim == new.ndim:  # of `carried`
+      start = start[1:]
+    else:
+      new = new[None]
     return jax.lax.dynamic_update_slice(
-      old, new[None].astype(old.dtype), [jnp.asarray(i, "int32") for i in start]
+      old, new.astype(old.dtype), [jnp.asarray(i, "int32") for i in start]
     )
 
-  return jax.tree.map(write, cache, new)
+  return Cache(
+    *(
+      None if old is None else write(old, each)
+      for old, each in zip(cache, new, strict=True)
+    )
+  )
 
 
 def branch_layout(
@@ -137,7 +197,7 @@ def branch_layout(
   positions = (begins[-1] + counts)[:, None] + offsets
   masks = []
   for level, begin, end in zip(shared, begins, begins[1:], strict=False):
-    key = jnp.arange(level.cache.keys.shape[3], dtype=jnp.int32)[None]
+    key = jnp.arange(level.cache.slots, dtype=jnp.int32)[None]
     place = begin[:, None] + key
     mask = jnp.broadcast_to(
       (place < end[:, None])[:, None], (rows, length, key.size)

@@ -6,7 +6,7 @@ keys and values. See `cache.py` for the levels in which they are held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ from oreo_jax.models.packed_attention import attend_packed
 from oreo_jax.models.shared_layers import has_trunk
 from oreo_jax.models.skeleton import Params, count_layers, module, unstacked
 
-# (carry, layer's index, layer's slice of what is shared, and what an `Attend`
-# takes) -> (mixed values, the carry, what the layer made).
+# (carry, layer's index, that layer of the caches that are only read, and what
+# an `Attend` takes) -> (mixed values, the carry, what the layer made).
 AttendCached = Callable[..., tuple[jax.Array, Any, Any]]
 
 
@@ -62,8 +62,8 @@ def prefill(
 
   def attend(
     unused_carry: None,
-    unused_layer: jax.Array,
-    unused_shared: None,
+    unused_layer: jax.Array | int,
+    unused_levels: list[Cache],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -120,7 +120,7 @@ def apply_branches(
     counts = jnp.broadcast_to(slot, tokens.shape[:1])
   positions, masks = cache.branch_layout(
     shared,
-    local.keys.shape[3],
+    local.slots,
     slot=slot,
     counts=counts,
     length=tokens.shape[1],
@@ -129,8 +129,8 @@ def apply_branches(
 
   def attend(
     local: Cache,
-    layer: jax.Array,
-    levels: tuple[Cache, ...],
+    layer: jax.Array | int,
+    levels: list[Cache],
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -139,11 +139,11 @@ def apply_branches(
     new = cache.entries(key, value, config)
     local = cache.put(local, new, layer, slot)
     mixed = attention.attend_levels(
-      query, [*levels, layer_of(local, layer)], masks, scale=scale
+      query, [*levels, cache.layer_of(local, layer)], masks, scale=scale
     )
     return mixed, local, None
 
-  levels = tuple(level.cache for level in shared)
+  levels = [level.cache for level in shared]
   hidden, stream, local, _ = _run(
     params,
     tokens,
@@ -158,29 +158,6 @@ def apply_branches(
   return Output(hidden, local, stream)
 
 
-def unstack_layers(params: Params) -> Params:
-  """Returns weights for decoding on a CPU: `layers` is a tuple, a tree a layer.
-
-  A loop over stacked layers takes a slice of every weight before it multiplies.
-  On a CPU that slice is a copy, which a step of decoding pays for each token:
-  for 135 million weights a step of one row takes 37 ms with it and 29 ms
-  without, one of 32 rows 172 and 159 (one core, float32). The layers run one
-  after the other, so that there is more to compile.
-
-  `prefill`, `apply_branches` and `apply` take such weights, training does not.
-  The arrays are copies.
-  """
-  return {**params, "layers": _each_layer(params["layers"])}
-
-
-@jax.jit
-def _each_layer(layers: Params) -> tuple[Params, ...]:
-  count = jax.tree.leaves(layers)[0].shape[0]
-  return tuple(
-    jax.tree.map(lambda x, at=i: x[at], layers) for i in range(count)
-  )
-
-
 def _run(
   params: Params,
   tokens: jax.Array,
@@ -188,7 +165,7 @@ def _run(
   positions: jax.Array,
   attend: AttendCached,
   carry: Any = None,
-  shared: Any = None,
+  levels: Sequence[Cache] = (),
   *,
   start: jax.Array | None,
   stream_at: int | None,
@@ -202,13 +179,13 @@ def _run(
     positions: i32[B, T].
     attend: see `AttendCached`.
     carry: a tree of arrays that every layer may write.
-    shared: a tree of arrays with a leading layer dimension.
+    levels: caches that are only read.
     start: [B, T, D], what enters the first layer; None: the embedding.
     stream_at: the layer before which to keep the stream.
 
   Returns:
     The hidden states [B, T, D], the stream there or None, the carry, and what
-    the layers made, stacked.
+    the layers made, as a `Cache` has its layers.
   """
   if has_trunk(params):
     raise ValueError(
@@ -221,23 +198,33 @@ def _run(
       f"config.num_layers: expected {count_layers(params)}, the layers of "
       f"`params`, got {count}"
     )
+  if config.layers_apart != (unstacked(params) is not None):
+    raise ValueError(
+      f"config.layers_apart is {config.layers_apart}, and the layers of "
+      "`params` are not so: take both from `unstack_layers`"
+    )
   model = module(params, config)
   x = model.embed(tokens) if start is None else start.astype(config.dtype)
   if stream_at is None:
     x, carry, made = _run_layers(
-      model, params, positions, attend, (0, count), x, carry, shared
+      model, params, positions, attend, (0, count), x, carry, levels
     )
     return model.final_norm(x), None, carry, made
   check_depth("stream_at", stream_at, config)
   # Two loops rather than one that looks where it is: of a caller that reads the
   # stream alone the compiler leaves the second one out.
   stream, carry, below = _run_layers(
-    model, params, positions, attend, (0, stream_at), x, carry, shared
+    model, params, positions, attend, (0, stream_at), x, carry, levels
   )
   x, carry, above = _run_layers(
-    model, params, positions, attend, (stream_at, count), stream, carry, shared
+    model, params, positions, attend, (stream_at, count), stream, carry, levels
   )
-  made = jax.tree.map(lambda *xs: jnp.concatenate(xs), below, above)
+  made = jax.tree.map(
+    lambda x, y: x + y if type(x) is tuple else jnp.concatenate([x, y]),
+    below,
+    above,
+    is_leaf=lambda x: type(x) is tuple,
+  )
   return model.final_norm(x), stream, carry, made
 
 
@@ -249,25 +236,25 @@ def _run_layers(
   layers: tuple[int, int],
   x: jax.Array,
   carry: Any,
-  shared: Any,
+  levels: Sequence[Cache],
 ) -> tuple[jax.Array, Any, Any]:
   """Runs the layers first, ..., last - 1; returns x, the carry, and the made.
 
   A cache that is written is carried, not scanned over: the loop then updates
   it in place instead of stacking a new one. What is only read, weights and
-  `shared`, is taken a layer at a time from where it lies: a part of it that is
-  scanned over would be copied. What each layer makes anew is stacked.
+  `levels`, is taken a layer at a time from where it lies: a part of it that is
+  scanned over would be copied.
   """
   graph, stacked = nnx.split(model.layers)
   rotary = model.rotary(positions)
   each = unstacked(params)
 
   def layer(
-    carry: tuple[jax.Array, Any], index: jax.Array, weights: nnx.State
+    carry: tuple[jax.Array, Any], index: jax.Array | int, weights: nnx.State
   ) -> tuple[tuple[jax.Array, Any], Any]:
     x, written = carry
     made = None
-    layer_shared = layer_of(shared, index)
+    here = [cache.layer_of(level, index) for level in levels]
 
     # A block hands on the mixed values alone, so what else there is leaves it
     # by this side door; the block calls it once.
@@ -276,7 +263,7 @@ def _run_layers(
     ) -> jax.Array:
       nonlocal written, made
       mixed, written, made = attend(
-        written, index, layer_shared, query, key, value, scale
+        written, index, here, query, key, value, scale
       )
       return mixed
 
@@ -295,6 +282,7 @@ def _run_layers(
   for number in range(*layers):
     weights = jax.tree.map(lambda leaf: leaf, stacked)
     nnx.replace_by_pure_dict(weights, each[number])
-    (x, carry), made = layer((x, carry), jnp.int32(number), weights)
+    (x, carry), made = layer((x, carry), number, weights)
     each_made.append(made)
-  return x, carry, jax.tree.map(lambda *xs: jnp.stack(xs), *each_made)
+  made = jax.tree.map(lambda *each: tuple(x[None] for x in each), *each_made)
+  return x, carry, made

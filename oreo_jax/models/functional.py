@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from oreo_jax.config import ModelConfig
+from oreo_jax.models.apart import stack_layers
 from oreo_jax.models.cache import Cache
-from oreo_jax.models.lora import with_leading
+from oreo_jax.models.lora import few_rows_product, with_leading
 from oreo_jax.models.shared_layers import TRUNK, has_trunk, layers_above
-from oreo_jax.models.skeleton import Params, module, unstacked
+from oreo_jax.models.skeleton import Params, module
 
 
 class Output(NamedTuple):
@@ -76,7 +77,8 @@ def apply(
       segment_ids=segment_ids,
     )
     params, config, start_layer = own, own_config, 0
-  model = module(_stacked(params), config)
+  params, config = stack_layers(params, config)
+  model = module(params, config)
   if start is None:
     return Output(model(tokens, positions, segment_ids))
   if start.shape != (*tokens.shape, config.embed_dim):
@@ -117,20 +119,9 @@ def trunk(
   """
   positions, segment_ids = _layout(tokens, positions, segment_ids)
   check_depth("depth", depth, config)
-  model = module(_stacked(params, depth), config)
+  params, config = stack_layers(params, config, depth)
+  model = module(params, config)
   return model.trunk(tokens, positions, segment_ids, depth)
-
-
-def _stacked(params: Params, depth: int | None = None) -> Params:
-  """Returns the weights, of which those of `unstack_layers` are stacked again.
-
-  Of these only the first `depth` layers.
-  """
-  layers = unstacked(params)
-  if layers is None:
-    return params
-  stacked = jax.tree.map(lambda *each: jnp.stack(each), *layers[:depth])
-  return {**params, "layers": stacked}
 
 
 def _layout(
@@ -182,11 +173,16 @@ def head_matrix(params: Params, config: ModelConfig) -> jax.Array:
 
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
   """Returns float32 logits [..., V] of hidden states [..., D]."""
-  scores = jnp.matmul(
-    hidden,
-    head_matrix(params, config).astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  if config.tie_embeddings:
+    table = params["embedding"].astype(hidden.dtype)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    scores = few_rows_product(rows, table).reshape(*hidden.shape[:-1], -1)
+  else:
+    scores = jnp.matmul(
+      hidden,
+      head_matrix(params, config).astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
   scale = params.get(
     "embedding_scale" if config.tie_embeddings else "head_scale"
   )

@@ -11,6 +11,7 @@ them copies the base.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,8 @@ from oreo_jax.config import ModelConfig
 
 Params = dict[str, Any]
 Axes = tuple[tuple[str, int], ...]  # logical name and size of each dimension
+
+_FEW_ROWS = 64
 
 ADAPTER = ("lora_a", "lora_b")
 
@@ -41,10 +44,14 @@ class Linear(nnx.Module):
     init_scale: float = 1.0,
     bias: bool = False,
     int8: bool = False,
+    outputs_first: bool = False,
     lora_rank: int = 0,
     lora_alpha: float = 0.0,
   ):
-    """Names and sizes of the contracted and of the produced dimensions."""
+    """Names and sizes of the contracted and of the produced dimensions.
+
+    With `outputs_first` these come first in the kernel.
+    """
     in_axes, in_shape = zip(*inputs, strict=True)
     out_axes, out_shape = zip(*outputs, strict=True)
     fan_in = math.prod(in_shape)
@@ -55,9 +62,13 @@ class Linear(nnx.Module):
     def draw(shape: tuple[int, ...], std: float) -> jax.Array:
       return jax.random.normal(rngs.params(), shape, jnp.float32) * std
 
+    self.outputs_first = outputs_first
+    shape, axes = in_shape + out_shape, in_axes + out_axes
+    if outputs_first:
+      shape, axes = out_shape + in_shape, out_axes + in_axes
     self.kernel = nnx.Param(
-      draw(in_shape + out_shape, std).astype(jnp.int8 if int8 else param_dtype),
-      out_sharding=in_axes + out_axes,
+      draw(shape, std).astype(jnp.int8 if int8 else param_dtype),
+      out_sharding=axes,
     )
     # See `models.quantize`.
     self.scale = (
@@ -84,7 +95,11 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Contracts the last dimensions of `x`."""
     x = x.astype(self.dtype)
-    y = _contract(x, self.kernel[...].astype(self.dtype), self.contracted)
+    kernel = self.kernel[...].astype(self.dtype)
+    if self.outputs_first:
+      y = _contract_last(kernel, x, self.contracted)
+    else:
+      y = _contract(x, kernel, self.contracted)
     if self.scale is not None:
       y = y * with_leading(self.scale[...].astype(self.dtype), y.ndim)
     if self.lora_scale:
@@ -113,6 +128,36 @@ def _contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
   return y.reshape(*leading, *produced)
 
 
+def _contract_last(kernel: jax.Array, x: jax.Array, count: int) -> jax.Array:
+  """Contracts the last `count` dimensions of the kernel with those of x."""
+  leading, produced = x.shape[:-count], kernel.shape[:-count]
+  size = math.prod(x.shape[-count:])
+  y = few_rows_product(x.reshape(-1, size), kernel.reshape(-1, size))
+  return y.reshape(*leading, *produced)
+
+
+def few_rows_product(x: jax.Array, table: jax.Array) -> jax.Array:
+  """Returns x [M, K] times the transpose of a table [N, K], float32.
+
+  A CPU packs the second of two matrices before it multiplies them, so that for
+  a few rows the large one should come first.
+  """
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  if not 1 < x.shape[0] <= _FEW_ROWS:
+    return dot("mk,nk->mn", x, table)
+
+  def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
+    # Without the barrier the compiler turns the product around again.
+    return jax.lax.optimization_barrier(dot("nk,mk->nm", table, x)).T
+
+  def rows_first(x: jax.Array, table: jax.Array) -> jax.Array:
+    return dot("mk,nk->mn", x, table)
+
+  return jax.lax.platform_dependent(
+    x, table, cpu=table_first, default=rows_first
+  )
+
+
 def add_adapters(key: jax.Array, params: Params, config: ModelConfig) -> Params:
   """Returns the same model with fresh adapters; its outputs are unchanged.
 
@@ -138,7 +183,7 @@ def add_adapters(key: jax.Array, params: Params, config: ModelConfig) -> Params:
   for target in config.lora_targets:
     key, drawn = jax.random.split(key)
     kernel = params["layers"][target]["kernel"]
-    inputs = _inputs(target)
+    inputs = contracted_dimensions(target)
     in_shape = kernel.shape[1 : 1 + inputs]
     out_shape = kernel.shape[1 + inputs :]
     layers, rank = kernel.shape[0], config.lora_rank
@@ -214,6 +259,6 @@ def without_adapters(config: ModelConfig) -> ModelConfig:
   )
 
 
-def _inputs(target: str) -> int:
+def contracted_dimensions(target: str) -> int:
   """Returns how many dimensions of a projection's kernel are contracted."""
   return 2 if target == "o" else 1

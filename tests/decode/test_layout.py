@@ -100,19 +100,17 @@ def test_a_lone_cpu_has_its_layers_apart(params):
   mesh = tiny.mesh()
   layout = layout_of(mesh=mesh)
   placed = layout.place(tiny.place(params, tiny.MODEL, mesh))
+  assert layout.model == dataclasses.replace(tiny.MODEL, layers_apart=True)
   assert len(placed["layers"]) == tiny.MODEL.num_layers
-  for number, layer in enumerate(placed["layers"]):
-    jax.tree.map(
-      lambda one, all_of_them, at=number: np.testing.assert_array_equal(
-        one, all_of_them[at]
-      ),
-      layer,
-      params["layers"],
-    )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    models.stack_layers(placed, layout.model)[0],
+    params,
+  )
   options = {"max_new_tokens": 6, "eos_ids": (), "num_samples": 2}
   want, got = (
-    generate(each, PROMPTS, KEY, tiny.MODEL, **options)
-    for each in (params, placed)
+    generate(each, PROMPTS, KEY, config, **options)
+    for each, config in ((params, tiny.MODEL), (placed, layout.model))
   )
   np.testing.assert_array_equal(got.tokens, want.tokens)
 
@@ -127,6 +125,14 @@ def test_weights_that_lie_well_are_not_copied(params):
     ):
       here, there = (x.data.unsafe_buffer_pointer() for x in (one, two))
       assert here == there
+
+
+def test_another_architecture_lies_in_the_same_way():
+  layout = layout_of(dtype="bfloat16", cache="int8", weights="int8")
+  other = dataclasses.replace(tiny.MODEL, num_layers=3)
+  assert layout.of(other).model == dataclasses.replace(
+    other, dtype="bfloat16", cache_dtype="int8", weight_dtype="int8"
+  )
 
 
 PROMPTS = [[3], [1, 5, 2, 9, 4], [7, 7], [2, 8, 1], [4] * 9, [6, 2], [5], [9]]

@@ -197,14 +197,14 @@ def test_weights_in_eight_bits_are_shared_too():
   assert_same_search(*(search(plan, PROMPTS, slots=6) for plan in plans))
 
 
-@pytest.mark.parametrize("arrange", [lambda x: x, models.unstack_layers])
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(
   "depth, want", [(1, 1), (DEPTH, DEPTH), (LAYERS, LAYERS - 1)]
 )
 def test_as_many_layers_are_shared_as_are_alike_but_the_last(
-  depth, want, arrange
+  depth, want, apart
 ):
-  policy, critic = map(arrange, networks(depth))
+  (policy, critic), _ = arranged(networks(depth), apart)
   assert models.common_layers(critic, policy) == depth
   own, config = models.layers_above(models.share_trunk(critic, policy), CONFIG)
   assert models.count_layers(own) == config.num_layers == LAYERS - want
@@ -224,14 +224,22 @@ def test_nothing_is_shared_where_the_first_layer_or_embedding_differs():
     assert plan_of(policy, other, STRATEGIES[0]).shared_layers == 0
 
 
-@pytest.mark.parametrize("arrange", [lambda x: x, models.unstack_layers])
-def test_packed_rows_are_read_the_same(arrange):
-  policy, critic = map(arrange, networks())
+def arranged(params, apart):
+  """Returns (networks, their config), stacked or with layers apart."""
+  if not apart:
+    return params, CONFIG
+  both = [models.unstack_layers(each, CONFIG) for each in params]
+  return [each for each, _ in both], both[0][1]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_packed_rows_are_read_the_same(apart):
+  (policy, critic), config = arranged(networks(), apart)
   tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 9)).astype(np.int32)
   segments = np.array([[1] * 4 + [2] * 3 + [0] * 2, [1] * 9], np.int32)
   ours, theirs = (
     models.values(
-      each, models.apply(each, tokens, CONFIG, segment_ids=segments).hidden
+      each, models.apply(each, tokens, config, segment_ids=segments).hidden
     )
     for each in (models.share_trunk(critic, policy), critic)
   )

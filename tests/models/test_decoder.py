@@ -15,13 +15,16 @@ from oreo_jax.models import (
   abstract_params,
   apply,
   apply_branches,
+  carried,
   count_params,
   init,
   init_cache,
   logical_axes,
   logits,
   prefill,
+  resting,
   segment_positions,
+  stack_layers,
   unstack_layers,
   value_params,
   values,
@@ -244,33 +247,55 @@ def test_branches_equal_the_full_forward(window):
       np.testing.assert_allclose(np.stack(hidden), alone[-slots:], atol=5e-6)
 
 
-def test_layers_one_after_the_other_equal_the_scan():
-  config = dataclasses.replace(TINY, tie_embeddings=False, qk_norm=True)
-  params = make(config)
-  apart = unstack_layers(params)
+@pytest.mark.parametrize("dtype", ["dtype", "int8"])
+def test_layers_apart_equal_the_scan(dtype):
+  config = dataclasses.replace(
+    TINY, tie_embeddings=False, qk_norm=True, cache_dtype=dtype
+  )
+  stacked = make(config), config
+  apart = unstack_layers(*stacked)
   tokens = jnp.asarray(np.stack(rows(6, 6)))
   lengths = jnp.array([6, 4])
   outs = []
-  for weights in (params, apart):
+  for weights, form in (stacked, apart):
     read = jax.jit(prefill, static_argnames="config")(
-      weights, tokens, config, lengths=lengths
+      weights, tokens, form, lengths=lengths
     )
-    grown = jax.jit(apply_branches, static_argnames="config")(
-      weights,
-      jnp.asarray([[1], [2], [3], [4]]),
-      config,
-      shared=(Shared(read.cache, lengths),),
-      local=init_cache(config, 4, 3),
-      slot=1,
-      counts=jnp.array([0, 1, 1, 0]),
-    )
-    outs.append((read.hidden[:, :4], read.cache, grown))
+    # As a loop does: what one step has written the next one reads.
+    local = carried(init_cache(form, 4, 3))
+    for slot in (1, 2):
+      grown = jax.jit(apply_branches, static_argnames="config")(
+        weights,
+        jnp.asarray([[1], [2], [3], [4]]) + slot,
+        form,
+        shared=(Shared(read.cache, lengths),),
+        local=local,
+        slot=slot,
+        counts=jnp.array([0, 1, 1, 0]) + slot - 1,
+      )
+      local = grown.cache
+    caches = [
+      [joined(each) for each in cache if each is not None]
+      for cache in (read.cache, resting(local))
+    ]
+    outs.append((read.hidden[:, :4], caches, grown.hidden))
   jax.tree.map(
     lambda one, two: np.testing.assert_allclose(one, two, atol=2e-6), *outs
   )
   np.testing.assert_array_equal(
-    apply(apart, tokens, config).hidden, apply(params, tokens, config).hidden
+    apply(apart[0], tokens, apart[1]).hidden,
+    apply(stacked[0], tokens, config).hidden,
   )
+  weights, form = stack_layers(*apart)
+  assert form == config
+  jax.tree.map(np.testing.assert_array_equal, weights, stacked[0])
+  with pytest.raises(ValueError, match="take both from `unstack_layers`"):
+    prefill(apart[0], tokens, config, lengths=lengths)
+
+
+def joined(field):
+  """A field of a cache as one array [L, ...]."""
+  return jnp.concatenate(field) if isinstance(field, tuple) else field
 
 
 def assert_near(got, want):
