@@ -66,7 +66,6 @@ class Models:
   def __init__(self):
     """Draws the weights."""
     config = dataclasses.replace(Config().model, vocab_size=VOCAB)
-    # On a CPU layers that stand one after the other are faster.
     keys = jax.random.split(jax.random.key(0), 3)
     critic = models.init(keys[1], config, head="value")
     # A head of zeros would rank nothing.

@@ -14,11 +14,12 @@ import numpy as np
 from oreo_jax import models
 from oreo_jax.decode import branches, step
 from oreo_jax.decode.prompts import pad_prompts
-from oreo_jax.decode.search import admit_questions, start_slots
+from oreo_jax.decode.search import admit_questions, start_slots, widen
 from oreo_jax.decode.suffixes import append
 from oreo_jax.models import Shared
 
-_ROUND_UP = 16  # tokens; texts of a step are padded to a multiple
+_ROUND_UP = 32  # tokens; texts of a step are padded to a multiple
+_FIRST_ROOM = 64  # tokens, of answers, as in `oreo_jax.decode.search`
 
 
 def texts_of(stems, width: int, grown=None):
@@ -103,18 +104,19 @@ def search_anew(plan, prompts, *, policy_too: bool = False):
   tokens, lengths = pad_prompts(prompts)
   questions, room = tokens.shape
   order = np.arange(questions, dtype=np.int32)
-  state = start_slots(plan, slots=questions, room=room)
+  answers = min(_FIRST_ROOM, plan.max_new_tokens)
+  state = start_slots(plan, slots=questions, room=room, answer_room=answers)
   # Nothing is kept for the critic, so that prompts are not read for it either.
   state = state._replace(critic_prompts=None, critic_cache=None)
   state = admit_questions(plan, state, order, tokens, lengths, order)
   longest = room
   while np.asarray(state.active).any():
+    if not step.has_room(state, plan):
+      answers = min(2 * answers, plan.max_new_tokens)
+      state = widen(state, room=answers)
     longest = min(longest + plan.step_tokens, room + plan.max_new_tokens)
     width = -(-longest // _ROUND_UP) * _ROUND_UP
     state = take_step(plan, state, width=width, policy_too=policy_too)
   best = jax.device_get(state.winners)
-  answers = [
-    row[:length].tolist()
-    for row, length in zip(best.tokens, best.lengths, strict=True)
-  ]
-  return answers, best.values
+  rows = zip(best.tokens, best.lengths, strict=True)
+  return [row[:length].tolist() for row, length in rows], best.values

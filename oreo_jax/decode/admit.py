@@ -15,21 +15,26 @@ from oreo_jax.decode.plan import Plan
 from oreo_jax.decode.prompts import read_prompts
 from oreo_jax.decode.step import Beams
 from oreo_jax.decode.winners import Winners
-from oreo_jax.models import Shared
+from oreo_jax.models import Cache, Shared
 from oreo_jax.sharding import constrain_batch
 
 Tree = TypeVar("Tree")
 
 
-def empty_beams(plan: Plan, slots: int, room: int) -> Beams:
+def empty_beams(
+  plan: Plan, slots: int, room: int, answer_room: int | None = None
+) -> Beams:
   """Returns the state of a search in which no question is in flight.
 
   Args:
     plan: of the search.
     slots: Q, questions that are searched together.
     room: tokens of the longest prompt.
+    answer_room: A, tokens that the beams have room for at first; see
+      `widen_answers`. By default that of the longest answer.
   """
-  strategy, most = plan.strategy, plan.max_new_tokens
+  strategy, longest = plan.strategy, plan.max_new_tokens
+  most = answer_room or longest
   beams = slots * strategy.beams
 
   def prompts_of(config: ModelConfig) -> Shared:
@@ -59,9 +64,9 @@ def empty_beams(plan: Plan, slots: int, room: int) -> Beams:
       reading=first_reading(jnp.full(beams, jnp.nan, jnp.float32)),
       hashes=jnp.zeros((beams, 2), jnp.uint32),
       active=jnp.zeros(beams, bool),
-      winners=_no_answers(slots, most),
+      winners=_no_answers(slots, longest),
       proposed=jnp.zeros(slots, jnp.int32),
-      candidates=_no_answers(slots * strategy.candidates, most)
+      candidates=_no_answers(slots * strategy.candidates, longest)
       if strategy.keep_candidates
       else None,
     )
@@ -172,6 +177,34 @@ def _no_answers(count: int, room: int) -> Winners:
     finished=jnp.zeros(count, bool),
     values=jnp.full(count, jnp.nan, jnp.float32),
     scores=jnp.full(count, -jnp.inf, jnp.float32),
+  )
+
+
+def widen_answers(state: Beams, room: int) -> Beams:
+  """Returns the state with room for longer answers.
+
+  Args:
+    state: of a search.
+    room: A, tokens that the beams have room for; more than they had.
+  """
+  more = room - state.tokens.shape[1]
+
+  def pad(x: jax.Array, axis: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(x, widths)
+
+  def pad_cache(cache: Cache) -> Cache:
+    return jax.tree.map(lambda x: pad(x, 3), cache)
+
+  critic_cache = state.critic_cache
+  return _pin(
+    state._replace(
+      tokens=pad(state.tokens, 1),
+      logps=pad(state.logps, 1),
+      cache=pad_cache(state.cache),
+      critic_cache=None if critic_cache is None else pad_cache(critic_cache),
+    )
   )
 
 

@@ -1,11 +1,17 @@
 """Searching many questions at once, in slots that are refilled.
 
 A search has Q slots, and a question takes one until its search is done. The
-host only says who takes a free slot; everything else is three jitted programs:
+host only says who takes a free slot; everything else is four jitted programs:
 
   start    the empty slots, compiled once
-  admit    reads prompts into free slots, compiled once a bucket of lengths
-  round    takes steps until enough slots are free, compiled once
+  admit    reads prompts into free slots
+  round    takes steps until enough slots are free
+  widen    gives all answers in flight twice the room
+
+Every step reads and copies the whole room of an answer, so the room begins
+small and follows the longest answer in flight, not the limit. It is 64 tokens,
+128, 256, ... up to `max_new_tokens`: `round` is compiled once for each of those
+that is reached, and `admit` once for each of those and bucket of prompts.
 
 A question's result depends on the key, its number and its prompt alone. It is
 the same with any number of slots and in any order.
@@ -21,18 +27,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oreo_jax.decode.admit import admit, empty_beams
+from oreo_jax.decode.admit import admit, empty_beams, widen_answers
 from oreo_jax.decode.batches import OnProgress, prompts_a_batch
 from oreo_jax.decode.continuous import room_for
 from oreo_jax.decode.generate import Generation, to_generation
 from oreo_jax.decode.plan import Plan
 from oreo_jax.decode.prompts import Prompts, pad_prompts
-from oreo_jax.decode.step import Beams, advance
+from oreo_jax.decode.step import Beams, advance, has_room
 from oreo_jax.decode.winners import Winners
 from oreo_jax.hosts import to_host
 from oreo_jax.sharding import rows_that_divide
 
 _ROUND_UP = 16
+_FIRST_ROOM = 64  # tokens of an answer
 
 
 class Search(NamedTuple):
@@ -56,20 +63,25 @@ class Report(NamedTuple):
   """What the host wants to know of the slots after a round."""
 
   done: jax.Array  # bool[Q], no beam is active
+  has_room: jax.Array  # bool[], all active beams have room for another step
   winners: Winners
   proposed: jax.Array  # i32[Q]
   candidates: Winners | None
 
 
-start_slots = jax.jit(empty_beams, static_argnames=("slots", "room"))
+start_slots = jax.jit(
+  empty_beams, static_argnames=("slots", "room", "answer_room")
+)
 admit_questions = jax.jit(admit, donate_argnames=("state",))
+# Nothing is donated: no array that is widened fits where it was.
+widen = jax.jit(widen_answers, static_argnames=("room",))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def search_round(
   plan: Plan, state: Beams, refill_at: jax.Array
 ) -> tuple[Beams, Report]:
-  """Takes steps until enough slots are free, or no question is in flight.
+  """Takes steps until slots are free, answers have no room, or all are done.
 
   Args:
     plan: of the search.
@@ -86,12 +98,18 @@ def search_round(
   def goes_on(state: Beams) -> jax.Array:
     free = done(state)
     count = jnp.sum(free.astype(jnp.int32))
-    return (count < refill_at) & ~jnp.all(free)
+    return (count < refill_at) & ~jnp.all(free) & has_room(state, plan)
 
   state = jax.lax.while_loop(
     goes_on, functools.partial(advance, plan=plan), state
   )
-  report = Report(done(state), state.winners, state.proposed, state.candidates)
+  report = Report(
+    done(state),
+    has_room(state, plan),
+    state.winners,
+    state.proposed,
+    state.candidates,
+  )
   return state, report
 
 
@@ -146,7 +164,8 @@ def search(
   queue = np.argsort(-lengths, kind="stable").tolist()
   owners = np.full(slots, -1)
   rows: list[Search | None] = [None] * len(lengths)
-  state = start_slots(plan, slots=slots, room=room)
+  answer_room = min(max(_FIRST_ROOM, plan.step_tokens), plan.max_new_tokens)
+  state = start_slots(plan, slots=slots, room=room, answer_room=answer_room)
   while queue or (owners >= 0).any():
     for free in _groups(np.flatnonzero(owners < 0), places):
       entering, queue = queue[: len(free)], queue[len(free) :]
@@ -165,6 +184,9 @@ def search(
     refill_at = min(places, len(queue)) if queue else slots + 1
     state, report = search_round(plan, state, np.int32(refill_at))
     fetched = to_host(report)
+    if not fetched.has_room:
+      answer_room = min(2 * answer_room, plan.max_new_tokens)
+      state = widen(state, room=answer_room)
     ended = np.flatnonzero(fetched.done & (owners >= 0))
     for slot in ended.tolist():
       place = int(owners[slot])

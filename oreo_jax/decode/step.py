@@ -29,6 +29,9 @@ class Beams(NamedTuple):
 
   Q questions are in flight. They may have begun at different times; a question
   without an active beam is done, and another one may take its place.
+
+  A is the room for an answer. It may be less than `plan.max_new_tokens`, as
+  long as every active beam has room for another step (`has_room`).
   """
 
   steps: jax.Array  # i32[Q], steps that each question has taken
@@ -147,7 +150,14 @@ def advance(state: Beams, plan: Plan) -> Beams:
   goes_on = valid & ~finished & (answered < plan.max_new_tokens) & ~ends
   winners = keep_best(
     state.winners,
-    Winners(tokens, answered, logps, finished, reading.values, chosen_scores),
+    Winners(
+      _widen(tokens, plan.max_new_tokens),
+      answered,
+      _widen(logps, plan.max_new_tokens),
+      finished,
+      reading.values,
+      chosen_scores,
+    ),
     leaving=valid & ~goes_on,
   )
   candidates = state.candidates
@@ -181,6 +191,20 @@ def advance(state: Beams, plan: Plan) -> Beams:
     winners=winners,
     candidates=candidates,
   )
+
+
+def has_room(state: Beams, plan: Plan) -> jax.Array:
+  """Returns bool[]: whether all active beams have room for another step."""
+  room = state.tokens.shape[1]
+  # `propose` grows no answer beyond `max_new_tokens`.
+  if room >= plan.max_new_tokens:
+    return jnp.asarray(True)
+  longest = jnp.max(jnp.where(state.active, state.lengths, 0))
+  return longest + plan.step_tokens <= room
+
+
+def _widen(x: jax.Array, width: int) -> jax.Array:
+  return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
 
 
 def _stems_of(state: Beams) -> Stems:

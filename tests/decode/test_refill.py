@@ -77,6 +77,35 @@ def test_slots_and_order_change_nothing():
       assert result.values[0] == apart.values[place]
 
 
+def test_room_that_grows_with_the_answers_changes_nothing(monkeypatch):
+  module = importlib.import_module("oreo_jax.decode.search")
+  plan = random_plan(Strategy(beams=3, **LIMITS))
+  prompts = random_prompts(13, 5)
+  at_once = search(plan, prompts, slots=5)
+  # Some answers have all of the 9 tokens, and some leave room.
+  assert at_once.answers.lengths.min() < 6 < at_once.answers.lengths.max()
+  rooms, widen = [], module.widen
+
+  def noted(state, *, room):
+    rooms.append((state.tokens.shape[1], room))
+    return widen(state, room=room)
+
+  monkeypatch.setattr(module, "_FIRST_ROOM", 1)
+  monkeypatch.setattr(module, "widen", noted)
+  grown = search(plan, prompts, slots=5)
+  # At first there is room for a step, and not for more than an answer may have.
+  assert rooms == [(3, 6), (6, 9)]
+  for name in ("tokens", "lengths", "finished"):
+    np.testing.assert_array_equal(
+      getattr(grown.answers, name), getattr(at_once.answers, name)
+    )
+  np.testing.assert_array_equal(grown.proposed, at_once.proposed)
+  np.testing.assert_allclose(grown.values, at_once.values, atol=1e-5)
+  np.testing.assert_allclose(
+    grown.answers.logps, at_once.answers.logps, atol=1e-5
+  )
+
+
 @pytest.mark.slow
 def test_draws_of_a_tree_depend_on_the_question_alone():
   plan = random_plan(look_ahead_search(2, 2, prior_weight=0.1, **LIMITS))
