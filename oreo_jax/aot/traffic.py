@@ -124,10 +124,12 @@ def _parameter_bytes(
   if not full or parameter is None:
     return 0.0
   total = 0.0
-  for user, name in _users(inner, parameter.name):
+  for user, name in _users(module, inner, parameter.name):
     where = user.operands.index(name)
     if user.opcode in _SLICES and where == 0:
-      total += sum(leaf.bytes for leaf in user.leaves)
+      # In the type that lies in memory, not in the one it is converted to.
+      (held,) = parameter.leaves
+      total += sum(held._replace(dims=leaf.dims).bytes for leaf in user.leaves)
     elif user.opcode in _UPDATES and where == _UPDATES[user.opcode][0]:
       continue
     elif user.opcode == "fusion":
@@ -140,15 +142,31 @@ def _parameter_bytes(
   return min(total, full)
 
 
-def _users(inner: Computation, name: str) -> Iterator[tuple[Instruction, str]]:
-  """Yields the users of a value, through changes of its shape alone."""
+def _users(
+  module: Module, inner: Computation, name: str
+) -> Iterator[tuple[Instruction, str]]:
+  """Yields the users of a value, through what changes its form alone.
+
+  Inside a fusion a value is made where it is used: of an array that is
+  converted whole and then sliced, the slice is read.
+  """
   for user in inner.values():
     if name not in user.operands:
       continue
-    if user.opcode == "bitcast":
-      yield from _users(inner, user.name)
+    if _changes_form(module, user) and user is not root_of(inner):
+      yield from _users(module, inner, user.name)
     else:
       yield user, name
+
+
+def _changes_form(module: Module, instruction: Instruction) -> bool:
+  """Returns whether it gives each number that it gets, in its place."""
+  if instruction.opcode == "fusion":
+    return all(
+      each.opcode == "parameter" or _changes_form(module, each)
+      for each in module.computations[instruction.calls[0]].values()
+    )
+  return instruction.opcode in ("bitcast", "convert", "copy")
 
 
 def _result_bytes(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oreo_jax.aot import costs, groups, hlo
+from oreo_jax.aot import costs, groups, hlo, traffic
 
 # An outer loop of 3 runs whose body has an inner loop that counts 0, 2, 4, 6
 # (a windowed product), and a reduction outside both. The inner loop says
@@ -344,3 +344,48 @@ ENTRY %main (x: f32[64]) -> f32[64] {
     True,
     256.0,
   )
+
+
+# A fusion that retiles all layers of a weight, converts them, and slices one;
+# another one that writes the converted weight out.
+SLICED = """HloModule jit_g, is_scheduled=true
+
+%retile (a: s8[4,8,16]) -> s8[4,8,16] {
+  %a = s8[4,8,16]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copied = s8[4,8,16]{2,1,0:T(8,128)(4,1)} copy(%a)
+}
+
+%one_layer (b: s8[4,8,16], at: s32[]) -> bf16[1,8,16] {
+  %b = s8[4,8,16]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %tiled = s8[4,8,16]{2,1,0:T(8,128)(4,1)} fusion(%b), kind=kLoop, calls=%retile
+  %wide = bf16[4,8,16]{2,1,0} convert(%tiled)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %layer = bf16[1,8,16]{2,1,0} dynamic-slice(%wide, %at, %zero, %zero), dynamic_slice_sizes={1,8,16}
+}
+
+%whole (c: s8[4,8,16]) -> bf16[4,8,16] {
+  %c = s8[4,8,16]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %all = bf16[4,8,16]{2,1,0} convert(%c)
+}
+
+ENTRY %main (w: s8[4,8,16], index: s32[]) -> (bf16[1,8,16], bf16[4,8,16]) {
+  %w = s8[4,8,16]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %index = s32[] parameter(1)
+  %first = bf16[1,8,16]{2,1,0} fusion(%w, %index), kind=kLoop, calls=%one_layer
+  %second = bf16[4,8,16]{2,1,0} fusion(%w), kind=kLoop, calls=%whole
+  ROOT %both = (bf16[1,8,16]{2,1,0}, bf16[4,8,16]{2,1,0}) tuple(%first, %second)
+}
+"""
+
+
+def test_of_a_weight_that_a_fusion_converts_and_slices_the_slice_is_read():
+  module = hlo.parse(SLICED)
+  main = module.computations["main"]
+  moved = {
+    name: traffic.bytes_moved(module, main, main[name])
+    for name in ("first", "second")
+  }
+  layer, index = 8 * 16, 4
+  assert moved["first"] == layer + index + 2 * layer
+  assert moved["second"] == 4 * (layer + 2 * layer)
