@@ -38,6 +38,7 @@ from oreo_jax.decode.scores import (
 )
 from oreo_jax.decode.search import Search, search
 from oreo_jax.decode.stops import DELIMITERS, Stops, make_stops, step_ends
+from oreo_jax.decode.turns import Action, Conversations
 from oreo_jax.decode.values import (
   answer_values,
   check_granularity,
@@ -49,10 +50,12 @@ __all__ = [
   "ANCESTRAL",
   "DELIMITERS",
   "GREEDY",
+  "Action",
   "Answer",
   "BestOfN",
   "Candidates",
   "Completion",
+  "Conversations",
   "Engine",
   "Generation",
   "Lookahead",

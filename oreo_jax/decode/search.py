@@ -171,7 +171,7 @@ def search(
       entering, queue = queue[: len(free)], queue[len(free) :]
       if not entering:
         break
-      state = _admit(
+      state = admit_some(
         plan,
         state,
         free[: len(entering)],
@@ -201,17 +201,27 @@ def _groups(free: np.ndarray, size: int) -> list[np.ndarray]:
   return [free[i : i + size] for i in range(0, len(free), size)]
 
 
-def _admit(
+def admit_some(
   plan: Plan,
   state: Beams,
   slots: np.ndarray,
-  prompts: list,
+  prompts: Prompts,
   problems: np.ndarray,
   *,
   places: int,
   room: int,
 ) -> Beams:
-  """Lets up to `places` questions in; the shape is that of `places`."""
+  """Lets questions into free slots, in the shape of `places` questions.
+
+  Args:
+    plan: of the search.
+    state: its slots.
+    slots: i[n], which slot each takes; n is at most `places`.
+    prompts: token ids of each.
+    problems: i32[n], their numbers.
+    places: N.
+    room: of a slot for a prompt.
+  """
   width = min(room_for(max(len(prompt) for prompt in prompts)), room)
   tokens, lengths = pad_prompts(prompts, width)
   fill = (0, places - len(slots))

@@ -80,7 +80,7 @@ def advance(state: Beams, plan: Plan) -> Beams:
 
   # 1. Propose. Every active beam grows K branches to the end of their step, of
   # the answer, or of the room.
-  stems = _stems_of(state)
+  stems = stems_of(state)
   grown = propose(plan, stems, _keys(state, plan))
 
   # 2. Judge. The value network reads all new tokens of a candidate in one go,
@@ -207,7 +207,7 @@ def _widen(x: jax.Array, width: int) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
 
 
-def _stems_of(state: Beams) -> Stems:
+def stems_of(state: Beams) -> Stems:
   """Returns the beams as texts that branches grow from."""
   critic_shared: tuple[Shared, ...] = ()
   if state.critic_prompts is not None and state.critic_cache is not None:
