@@ -192,6 +192,11 @@ class Conversations:
 
   The numbers of conversations, their turns and the key of the plan are all
   that draws depend on.
+
+  Attributes:
+    plan: of its actions.
+    slots: C.
+    prompt_room: most tokens of the beginning of a conversation.
   """
 
   def __init__(self, plan: Plan, slots: int, prompt_room: int):
@@ -214,10 +219,10 @@ class Conversations:
       )
     self.plan = plan
     self.slots = prompts_a_batch(slots, slots)
-    self._prompt_room = room_for(prompt_room)
+    self.prompt_room = room_for(prompt_room)
     self._room = min(max(_FIRST_ROOM, plan.step_tokens), plan.max_new_tokens)
     self._state = start_slots(
-      plan, slots=self.slots, room=self._prompt_room, answer_room=self._room
+      plan, slots=self.slots, room=self.prompt_room, answer_room=self._room
     )
     self._lengths = np.zeros(self.slots, np.int64)
     self._turns = np.zeros(self.slots, np.int64)
@@ -245,7 +250,7 @@ class Conversations:
         prompts[some],
         np.asarray(numbers[some], np.int32),
         places=self._places,
-        room=self._prompt_room,
+        room=self.prompt_room,
       )
     index = np.asarray(slots, np.int64)
     self._lengths[index] = self._turns[index] = 0

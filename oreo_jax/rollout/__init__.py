@@ -12,14 +12,18 @@ from oreo_jax.rollout.collection import (
   collect_answers,
   graded_trajectories,
 )
+from oreo_jax.rollout.episodes import Episode, Start, play_episodes
 
 __all__ = [
   "Answers",
   "Codec",
   "Collected",
+  "Episode",
+  "Start",
   "answer_problems",
   "collect_answers",
   "grade_texts",
   "graded_trajectories",
   "grading_counts",
+  "play_episodes",
 ]

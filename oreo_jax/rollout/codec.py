@@ -18,6 +18,7 @@ import numpy as np
 from oreo_jax import data
 from oreo_jax.config import DataConfig
 from oreo_jax.decode import Generation, stops
+from oreo_jax.settings import ConfigError
 from oreo_jax.tasks import Problem
 
 if TYPE_CHECKING:
@@ -135,6 +136,44 @@ class Codec:
       is_chat=self.chat,
       **fields,
     )
+
+  def reply_tokens(
+    self, trajectory: data.Trajectory, observation: str, before: np.ndarray
+  ) -> np.ndarray:
+    """Returns i32[n], the tokens between the last action and the next one.
+
+    They hold what the template writes around an observation, and are those that
+    training has in this place.
+
+    Args:
+      trajectory: a chat with its sampled tokens, up to its last action.
+      observation: what the user says to it.
+      before: i32[m], all tokens of the chat so far, as the policy saw them.
+
+    Raises:
+      ConfigError: if the chat has other tokens when more follows it: some
+        templates drop parts of earlier turns.
+    """
+    turns = (data.Turn("user", observation), data.Turn("assistant", ""))
+    longer = dataclasses.replace(
+      trajectory,
+      turns=(*trajectory.turns, *turns),
+      # The next action, of which nothing has been said.
+      sampled=(
+        *(trajectory.sampled or ()),
+        data.Sampled(np.zeros(0, int), np.zeros(0)),
+      ),
+      truncated=True,
+      turn_rewards=None,
+    )
+    tokens = data.tokenize_trajectory(longer, self.tokenizer).tokens
+    if not np.array_equal(tokens[: len(before)], before):
+      raise ConfigError(
+        "the tokenizer's chat template writes earlier turns in another way "
+        "when later ones follow, so that they would have to be read again: "
+        "give the tokenizer of --config.init one that keeps them"
+      )
+    return tokens[len(before) :]
 
   def tokenize(
     self,
