@@ -118,16 +118,32 @@ class Codec:
     return np.concatenate([[0], starts]) if len(tokens) else starts
 
   def trajectory(
-    self, problem: Problem, response: str, reward: float, **fields: Any
+    self,
+    problem: Problem,
+    response: str | Sequence[data.Turn],
+    reward: float,
+    **fields: Any,
   ) -> data.Trajectory:
     """Returns a response to a problem as a trajectory, a chat if `chat`.
 
     Args:
       problem: what was asked.
-      response: the text of the answer.
+      response: the text of the answer, or a whole conversation.
       reward: what the answer earned at its end.
       **fields: further fields of `data.Trajectory`.
+
+    Raises:
+      ValueError: a conversation, but `chat` is not set.
     """
+    if not isinstance(response, str):
+      if not self.chat:
+        raise ValueError(
+          f"problem {problem.id} is answered in a conversation, which needs "
+          "the tokenizer's chat template: set --config.data.chat=True"
+        )
+      return data.Trajectory(
+        tuple(response), reward, problem=problem.id, is_chat=True, **fields
+      )
     return data.Trajectory.from_text(
       problem.prompt,
       response,

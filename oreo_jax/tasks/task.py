@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
+  from oreo_jax.data.schema import Turn
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -53,8 +55,12 @@ class Task(Protocol):
 
   def demonstrations(
     self, count: int | None = None
-  ) -> list[tuple[Problem, str]]:
-    """Returns training problems with a teacher's answer, for SFT."""
+  ) -> Sequence[tuple[Problem, str | tuple[Turn, ...]]]:
+    """Returns training problems with a teacher's answer, for SFT.
+
+    The answer is a text that follows the prompt, or a whole conversation, which
+    begins with what the user says.
+    """
     ...
 
   def grade(
