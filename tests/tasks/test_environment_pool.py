@@ -119,7 +119,7 @@ CRASHES = [
   ("exit 3", "crash", "the process died (exit code 3)"),
   ("kill", "crash", "the process died (signal SIGKILL)"),
   ("abort", "crash", "the process died (signal SIGABRT)"),
-  ("sleep 60", "timeout", "no answer within 0.5 s"),
+  ("sleep 60", "timeout", "no answer within 2 s"),
   ("raise no such door", "error", "RuntimeError: no such door (environments."),
   ("quit", "error", "SystemExit: the engine gives up (environments."),
 ]
@@ -127,7 +127,9 @@ CRASHES = [
 
 @pytest.mark.parametrize("action, kind, reason", CRASHES)
 def test_one_episode_is_lost_and_no_other(make_pool, action, kind, reason):
-  pool = make_pool(slots=6, workers=2, timeout_s=0.5)
+  # Long enough for a busy machine where nothing hangs.
+  timeout_s = 2.0 if kind == "timeout" else 60.0
+  pool = make_pool(slots=6, workers=2, timeout_s=timeout_s)
   pool.start(problems(range(6)))
   pool.step({n: "a" for n in range(6)})
   actions = {n: "b" for n in range(6)} | {2: action}
@@ -209,13 +211,13 @@ def test_large_messages_and_prints(make_pool):
 
 
 def test_a_stopped_worker_takes_no_large_message_and_is_replaced(make_pool):
-  pool = make_pool(slots=1, workers=1, timeout_s=0.5)
+  pool = make_pool(slots=1, workers=1, timeout_s=2.0)
   pool.start(problems([0]))
   pid = int(pool.step({0: "pid"})[0].observation)
   os.kill(pid, signal.SIGSTOP)
   began = time.monotonic()
   assert pool.step({0: "x" * 3_000_000})[0].kind == "timeout"
-  assert time.monotonic() - began < 5 and wait_until_gone([pid])
+  assert time.monotonic() - began < 20 and wait_until_gone([pid])
 
 
 def test_what_an_engine_leaves_goes_with_its_process(make_pool):
@@ -291,7 +293,7 @@ import sys, time
 from oracles.environments import Parrot
 from oreo_jax.tasks import Problem
 from oreo_jax.tasks.environment_pool import EnvironmentPool
-pool = EnvironmentPool(Parrot, slots=3, workers=3, timeout_s=1.0)
+pool = EnvironmentPool(Parrot, slots=3, workers=3, timeout_s=2.0)
 pool.start({n: Problem(f"p{n}", "") for n in range(3)})
 steps = pool.step(dict.fromkeys(range(3), "pid"))
 print(*(step.observation for step in steps.values()), flush=True)
@@ -341,12 +343,12 @@ def memory_kb(pid):
 
 def test_memory_is_flat(make_pool):
   pool = make_pool(functools.partial(Parrot, size=10_000), slots=8, workers=1)
-  play(pool, 100, 5)
+  play(pool, 200, 3)
   pool.start(problems([1000]))
   pid = int(pool.step({1000: "pid"})[1000].observation)
   before = memory_kb(pid), memory_kb(os.getpid())
   pool.end([1000])
-  play(pool, 400, 5)
+  play(pool, 1000, 3)
   after = memory_kb(pid), memory_kb(os.getpid())
   assert after[0] - before[0] < 1000
-  assert after[1] - before[1] < 2000
+  assert after[1] - before[1] < 4000
