@@ -22,7 +22,7 @@ INSTALLED_TEST := $(VENV)/.installed-test
 INSTALLED_DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench clean
+.PHONY: help install demo demo-agent test test-all lint format bench clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ demo:  ## Run the whole method on the embedded maze task (about twelve minutes).
 	$(MAKE) --no-print-directory $(INSTALLED) && \
 	OREO_INSTALL_SECONDS=$$(( $$(date +%s) - start )) \
 	  $(BIN)/oreo run --config=$(CONFIG) --workdir=$(WORKDIR)
+
+demo-agent: $(INSTALLED)  ## Play, train and play again in an embedded environment.
+	$(BIN)/oreo run --config=configs/house.py --workdir=runs/house
 
 test: $(INSTALLED_TEST)  ## Run the fast tests.
 	$(BIN)/python -m pytest -q -m "not slow" $(IN_PARALLEL)

@@ -41,7 +41,8 @@ class Method(TypedDict):
 
   name: str
   policy: str  # the stage that trained it
-  search: str  # greedy, sample, vote, weighted_vote, best_of_n or beam
+  # greedy, sample, vote, weighted_vote, best_of_n, best_of_k or beam
+  search: str
   budget: int  # sequences a problem
   accuracy: float
   interval: list[float]  # Wilson's, 95%

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from oreo_jax import files
+from oreo_jax.config.agents import AgentConfig
 from oreo_jax.config.networks import (
   ATTENTIONS,
   DTYPES,
@@ -69,6 +70,7 @@ __all__ = [
   "OFFLOAD",
   "PROJECTIONS",
   "REMAT",
+  "AgentConfig",
   "AotConfig",
   "CollectConfig",
   "CompareConfig",
@@ -115,6 +117,7 @@ class Config(Section):
   mesh: MeshConfig = section(MeshConfig)
   sampling: SamplingConfig = section(SamplingConfig)
   task: TaskConfig = section(TaskConfig)
+  agent: AgentConfig = section(AgentConfig)
   data: DataConfig = section(DataConfig)
   sft: SftConfig = section(SftConfig)
   collect: CollectConfig = section(CollectConfig)

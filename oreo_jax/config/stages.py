@@ -15,7 +15,7 @@ from oreo_jax.settings import (
 
 # Adam's moments, or the layers of a reference that nothing trained stands on.
 OFFLOAD = ("moments", "reference")
-GRANULARITIES = ("token", "step", "response")
+GRANULARITIES = ("token", "step", "turn", "response")
 
 
 @dataclasses.dataclass(unsafe_hash=True)

@@ -22,7 +22,7 @@ from oreo_jax.data.schema import Trajectory
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-GRANULARITIES = ("token", "step", "response")
+GRANULARITIES = ("token", "step", "turn", "response")
 # Trajectories tokenised at once.
 CHUNK = 1024
 # Takes the token ids of one assistant turn, i32[L], without its end token, and
@@ -116,11 +116,12 @@ def tokenize_trajectories(
   Args:
     trajectories: to tokenise.
     tokenizer: a fast tokenizer.
-    granularity: what one action is: a "token", a "step", or the "response".
+    granularity: what one action is: a "token", a "step", a "turn" of the
+      assistant's, or the "response", all turns together.
     step_ends: where the steps of a turn end; the granularity "step" needs it.
       The turn's first token, every token after the end of a step, and the end
-      token are decisions. The end token always is one, so that the value of a
-      finished answer is trained.
+      token are decisions. The end token always is one, with turns as well, so
+      that the value of a finished answer is trained.
     max_length: most tokens a sequence may have.
     on_error: "raise", or "skip" to drop chats that the template cannot render
       and prompts that have no token or fill `max_length`, and log the counts.
@@ -233,9 +234,12 @@ def _assemble(
     if piece.action == CONTEXT or first == end:
       continue
     action_mask[first:end] = True
+    begins = piece.action not in last_of_turn
     last_of_turn[piece.action] = end - 1
     if granularity == "token":
       decision_mask[first:end] = True
+    elif granularity == "turn":
+      decision_mask[first] = begins or piece.is_end
     elif granularity == "step" and step_ends is not None:
       # To stop is an action of its own, also in the middle of a line.
       decision_mask[first:end] = piece.is_end or _first_tokens(

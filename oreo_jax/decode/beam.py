@@ -68,7 +68,7 @@ def step_beam_search(
     sampler: how proposals are drawn.
     score: what candidates are ranked by, such as `by_value`, `by_logp`, or a
       function of `Candidates`.
-    granularity: "token" or "step", what the critic was trained at.
+    granularity: "token", "step" or "turn", what the critic was trained at.
     prompt_length: room for the prompt; fix it over calls to compile once.
     critic_config: architecture of the critic when it is another one.
     problems: the number of each question, on which its draws depend, and on

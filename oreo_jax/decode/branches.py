@@ -99,7 +99,7 @@ def judge(
   itself: a finished answer is read at the state before it, which may be the one
   that the step started from. At token level all other states count; at step
   level those at which a step ended, so that a step that was cut keeps the value
-  of the state where it began.
+  of the state where it began, and so does an action of turn level.
 
   Args:
     plan: of the search.
@@ -136,8 +136,11 @@ def judge(
   column = jnp.arange(room + 1, dtype=jnp.int32)[None]
   end = (grown.lengths - grown.finished.astype(jnp.int32))[:, None]
   readable = (column > 0) & (column <= end)
-  if plan.granularity == "step":
-    readable &= jnp.pad(_step_ends(plan, stems, grown), ((0, 0), (1, 0)))
+  if plan.granularity != "token":
+    if plan.granularity == "step":
+      readable &= jnp.pad(_step_ends(plan, stems, grown), ((0, 0), (1, 0)))
+    else:
+      readable = jnp.zeros_like(readable)
     # The state before an end-of-sequence counts as well, once.
     fresh = (column > 0) | ~before.at_last[:, None]
     readable |= grown.finished[:, None] & (column == end) & fresh

@@ -218,7 +218,7 @@ class Engine:
       sampler: how proposals are drawn.
       max_new_tokens: most tokens of an answer.
       delimiters: strings that end a step.
-      granularity: "token" or "step", what the critic was trained at.
+      granularity: "token", "step" or "turn", what the critic was trained at.
       seed: of the draws.
       on_progress: called with the prompts done since the last call.
 

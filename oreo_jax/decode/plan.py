@@ -202,7 +202,7 @@ def make_plan(
     eos_ids: tokens that end an answer.
     max_new_tokens: most tokens of an answer.
     sampler: how proposals are drawn.
-    granularity: "token" or "step", what the critic was trained at.
+    granularity: "token", "step" or "turn", what the critic was trained at.
     critic_config: architecture of the critic when it is another one.
   """
   check_granularity(granularity)

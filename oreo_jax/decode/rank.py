@@ -65,7 +65,7 @@ def best_of_n(
     sampler: how tokens are drawn.
     reduction: "final" ranks by V of the last state, "min" and "mean" by V
       over the states of the answer.
-    granularity: "token" or "step", what the critic was trained at.
+    granularity: "token", "step" or "turn", what the critic was trained at.
     stops: where a step ends; needed at step level.
     batch_size: answers sampled together, and judged together.
     prompt_length: room for the prompt; fix it over calls to compile once.
@@ -125,7 +125,7 @@ def rank_all(
     answers: N of each question, question-major.
     config: architecture of the critic.
     reduction: as in `best_of_n`.
-    granularity: "token" or "step", what the critic was trained at.
+    granularity: "token", "step" or "turn", what the critic was trained at.
     stops: where a step ends; needed at step level.
     batch_size: answers judged together.
     prompt_length: room for the prompt; by default each batch has its own.

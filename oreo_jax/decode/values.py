@@ -5,6 +5,7 @@ one action was (`train.granularity`):
 
   token     the state before every token of the answer
   step      the state before every step, and before the end-of-sequence
+  turn      the state before every turn, and before its end token
   response  the state before the answer alone
 
 Only such a state says anything. In particular V was never trained behind the
@@ -35,13 +36,13 @@ def check_granularity(granularity: str) -> None:
   """Refuses to judge answers by a critic that cannot.
 
   Raises:
-    ValueError: unless the granularity is "token" or "step".
+    ValueError: unless the granularity is "token", "step" or "turn".
   """
-  if granularity not in ("token", "step"):
+  if granularity not in ("token", "step", "turn"):
     raise ValueError(
-      "granularity: expected a critic of 'token' or 'step' level to judge"
-      f" answers by, got {granularity!r}; a critic of response level is trained"
-      " before the answer alone (--config.train.granularity)"
+      "granularity: expected a critic of 'token', 'step' or 'turn' level to"
+      f" judge answers by, got {granularity!r}; one of response level is"
+      " trained before the answer alone (--config.train.granularity)"
     )
 
 
@@ -126,7 +127,7 @@ def readable_states(
 
   Args:
     answers: R of them.
-    granularity: "token" or "step", what the critic was trained at.
+    granularity: "token", "step" or "turn", what the critic was trained at.
     stops: where a step ends; needed at step level.
 
   Raises:
@@ -138,14 +139,15 @@ def readable_states(
   inside = columns <= last[:, None]
   if granularity == "token":
     return inside
-  if stops is None:
-    raise ValueError(
-      "stops: expected where a step ends at step level, got None"
-    )
   between = np.zeros_like(inside)
   between[:, 0] = True
-  for row, end in enumerate(last):
-    between[row, 1 : end + 1] = step_ends(stops, answers.tokens[row, :end])
+  if granularity == "step":
+    if stops is None:
+      raise ValueError(
+        "stops: expected where a step ends at step level, got None"
+      )
+    for row, end in enumerate(last):
+      between[row, 1 : end + 1] = step_ends(stops, answers.tokens[row, :end])
   before_eos = answers.finished[:, None] & (columns == last[:, None])
   return inside & (between | before_eos)
 

@@ -28,6 +28,7 @@ from oreo_jax.report.tables import (
 _SEARCH_NAMES = {
   "beam": "Step beam, by value",
   "best_of_n": "Best of N, by value",
+  "best_of_k": "Best of K actions a turn, by value",
   "weighted_vote": "Vote weighted by value",
   "vote": "Majority vote",
 }

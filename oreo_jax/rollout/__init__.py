@@ -13,15 +13,19 @@ from oreo_jax.rollout.collection import (
   graded_trajectories,
 )
 from oreo_jax.rollout.episodes import Episode, Start, play_episodes
+from oreo_jax.rollout.play import Player, agent_methods, collect_episodes
 
 __all__ = [
   "Answers",
   "Codec",
   "Collected",
   "Episode",
+  "Player",
   "Start",
+  "agent_methods",
   "answer_problems",
   "collect_answers",
+  "collect_episodes",
   "grade_texts",
   "graded_trajectories",
   "grading_counts",

@@ -202,7 +202,7 @@ class Codec:
 
     Args:
       trajectories: to tokenise.
-      granularity: what one action is: "token", "step" or "response".
+      granularity: what one action is: "token", "step", "turn" or "response".
       **options: of `data.tokenize_trajectories`.
 
     Returns:

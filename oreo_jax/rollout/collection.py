@@ -1,10 +1,7 @@
-"""Collecting answers that survive a kill: shards of JSON lines.
+"""Collecting answers: sampled, graded and kept in shards while others grow.
 
-Answers are graded and written a shard at a time, while others are still being
-sampled. A shard takes its name when it is whole, so what is in the folder is
-good, and a run that was killed goes on with the answers that are not there. As
-an answer depends on its problem and its sample alone, the result is that of a
-run that was never stopped.
+As an answer depends on its problem and its sample alone, the result of a run
+that was killed and started again is that of one that was never stopped.
 """
 
 from __future__ import annotations
@@ -23,10 +20,10 @@ from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.rollout.answers import grade_texts
 from oreo_jax.rollout.codec import Codec
-from oreo_jax.settings import ConfigError
+from oreo_jax.rollout.shards import Shards
 from oreo_jax.tasks import Problem, Task
 
-_ANSWERS_A_SHARD = 1024
+_ANSWERS_A_SHARD = 1024  # that are graded and written together
 
 
 class Collected(NamedTuple):
@@ -85,25 +82,8 @@ def collect_answers(
     for problem in problems
     for sample in range(num_samples)
   ]
-  places = {name: place for place, name in enumerate(names)}
-  if len(places) < len(names):
-    raise ConfigError(
-      f"problems: expected ids that differ, got {len(problems)} problems with "
-      f"{len(places) // num_samples} ids"
-    )
-  shards = sorted(folder.glob("*.jsonl")) if folder.exists() else []
-  done: dict[int, data.Trajectory] = {}
-  for shard in shards:
-    for trajectory in data.load_trajectories(shard):
-      if trajectory.id not in places:
-        raise ConfigError(
-          f"{trajectory.source}: expected answers to the problems of this run, "
-          f"got {trajectory.id!r}; remove {folder} to collect anew, or use "
-          "another --workdir"
-        )
-      done[places[trajectory.id]] = trajectory
-  # All have read the folder before anyone writes to it.
-  hosts.wait_for_all("the answers of an earlier run are read")
+  shards = Shards(folder, names, a_shard=answers_a_shard)
+  done = len(shards.done)
   requests = [
     decode.Request(
       prompt,
@@ -111,7 +91,7 @@ def collect_answers(
       [
         sample
         for sample in range(num_samples)
-        if number * num_samples + sample not in done
+        if number * num_samples + sample not in shards.done
       ],
       sampler,
       max_new_tokens,
@@ -124,7 +104,7 @@ def collect_answers(
     len(names),
     "collect",
     unit="answer",
-    initial=len(done),
+    initial=done,
     enabled=hosts.is_chief(),
   ) as progress:
     answers = decode.answer_requests(
@@ -136,23 +116,20 @@ def collect_answers(
       slots=slots,
       usage=usage,
     )
-    left = len(names) - len(done)
+    left = len(names) - done
     for count, answer in enumerate(answers, 1):
       waiting.append(answer)
       progress.update(1)
       if len(waiting) < answers_a_shard and count < left:
         continue
       begun = time.monotonic()
-      graded = graded_trajectories(waiting, problems, task, codec)
-      if hosts.is_chief():
-        folder.mkdir(parents=True, exist_ok=True)
-        data.save_trajectories(folder / f"{len(shards):05}.jsonl", graded)
-      shards.append(folder / f"{len(shards):05}.jsonl")
-      done |= {places[trajectory.id]: trajectory for trajectory in graded}
+      for trajectory in graded_trajectories(waiting, problems, task, codec):
+        shards.add(trajectory)
       waiting = []
       grading += time.monotonic() - begun
+  shards.flush()
   seconds = time.monotonic() - started - grading
-  return Collected([done[place] for place in sorted(done)], usage, seconds)
+  return Collected(shards.in_order(), usage, seconds)
 
 
 def graded_trajectories(

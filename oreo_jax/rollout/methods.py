@@ -77,8 +77,10 @@ class Outcome(NamedTuple):
   """What a method earned and what it cost."""
 
   label: str  # for tables
-  search: str  # greedy | sample | vote | weighted_vote | best_of_n | beam
-  budget: int  # sequences a problem: N of best-of-N and votes, B of the beam
+  # greedy, sample, vote, weighted_vote, best_of_n, best_of_k or beam
+  search: str
+  # Sequences a problem: N of best-of-N and votes, B of the beam; K of actions.
+  budget: int
   rewards: np.ndarray  # f32[problems]
   tokens: float  # generated for a problem, all samples or proposals
   seconds: float

@@ -10,10 +10,16 @@ from absl import logging
 
 from oreo_jax import data, decode
 from oreo_jax.data import construct
-from oreo_jax.rollout import collect_answers, grading_counts
+from oreo_jax.rollout import (
+  Player,
+  collect_answers,
+  collect_episodes,
+  grading_counts,
+)
 from oreo_jax.stages.records import describe
 from oreo_jax.stages.stage import Say, Stage
 from oreo_jax.stages.workspace import Workspace
+from oreo_jax.tasks.environment import AgentTask
 
 
 def run(workspace: Workspace, say: Say) -> None:
@@ -37,27 +43,48 @@ def collect(workspace: Workspace) -> None:
   graded_before = grading_counts(task)
   folder = workspace.path("collect")
   layout = workspace.layout("lm")
+  sampler = decode.Sampler(
+    settings.temperature,
+    settings.top_k,
+    settings.top_p,
+    settings.min_p,
+    settings.repetition_penalty,
+  )
+  reasons: dict[str, int] = {}
   with jax.set_mesh(layout.mesh):
-    collected = collect_answers(
-      layout.place(workspace.start_policy()),
-      problems,
-      task,
-      workspace.codec,
-      layout.model,
-      folder / "answers",
-      seed=settings.seed,
-      num_samples=settings.samples,
-      max_new_tokens=settings.max_new_tokens,
-      slots=settings.batch_size,
-      sampler=decode.Sampler(
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.min_p,
-        settings.repetition_penalty,
-      ),
-      first_number=settings.skip,
-    )
+    policy = layout.place(workspace.start_policy())
+    if isinstance(task, AgentTask):
+      collected, reasons = collect_episodes(
+        Player(
+          policy,
+          layout.model,
+          workspace.codec,
+          task,
+          workspace.config.agent,
+          settings.seed,
+          settings.batch_size,
+          sampler,
+        ),
+        problems,
+        folder / "episodes",
+        num_samples=settings.samples,
+        first_number=settings.skip,
+      )
+    else:
+      collected = collect_answers(
+        policy,
+        problems,
+        task,
+        workspace.codec,
+        layout.model,
+        folder / "answers",
+        seed=settings.seed,
+        num_samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        slots=settings.batch_size,
+        sampler=sampler,
+        first_number=settings.skip,
+      )
   sampled = collected.trajectories
   chosen = (
     construct.select_balanced(sampled, seed=settings.seed)
@@ -76,7 +103,7 @@ def collect(workspace: Workspace) -> None:
     blank=sum(not each.turns[-1].content.strip() for each in sampled),
     grading=dict(grading_counts(task) - graded_before),
     tokens_per_second=usage.tokens / max(collected.seconds, 1e-9),
-    slots_busy=usage.share,
+    **({"ended": reasons} if reasons else {"slots_busy": usage.share}),
   )
   return None
 
@@ -89,7 +116,10 @@ COLLECT = Stage(
   name="collect",
   summary="samples and grades trajectories",
   run=run,
-  settings=("seed", "init", "model", "task", "data", "collect", "sampling"),
+  settings=(
+    *("seed", "init", "model", "task", "agent", "data", "collect"),
+    "sampling",
+  ),
   reads=_reads,
   leaves=lambda config: ("collect",),
 )

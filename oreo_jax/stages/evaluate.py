@@ -29,7 +29,7 @@ from oreo_jax.analysis.statistics import wilson_interval
 from oreo_jax.config import Config, ConfigError
 from oreo_jax.decode.layout import Layout
 from oreo_jax.models import Params
-from oreo_jax.rollout import grading_counts, methods
+from oreo_jax.rollout import Player, agent_methods, grading_counts, methods
 from oreo_jax.rollout.example import worked_example
 from oreo_jax.stages.records import RECORD, changed_sources
 from oreo_jax.stages.stage import Say, Stage
@@ -39,6 +39,7 @@ from oreo_jax.stages.trajectories import (
 )
 from oreo_jax.stages.workspace import Workspace
 from oreo_jax.tasks import Task
+from oreo_jax.tasks.environment import AgentTask
 from oreo_jax.train import OBJECTIVES
 
 
@@ -147,6 +148,23 @@ def _examine(
     if "policy" in roles
     else workspace.start_policy()
   )
+  if isinstance(exam.task, AgentTask):
+    judge = None
+    if "critic" in roles:
+      judge = _judge(workspace, layout, stage, policy)
+    settings = exam.settings
+    player = Player(
+      policy,
+      exam.config,
+      exam.codec,
+      exam.task,
+      workspace.config.agent,
+      settings.seed,
+      settings.batch_size,
+      exam.sampler,
+      judge=judge,
+    )
+    return agent_methods(player, label, exam.problems, settings), {}
   outcomes = methods.plain_methods(policy, label, exam)
   if "critic" not in roles:
     return outcomes, {}
@@ -311,7 +329,7 @@ EVALUATE = Stage(
   name="evaluate",
   summary="compares every method on held-out problems",
   run=run,
-  settings=("task", "data", "evaluate", "sampling"),
+  settings=("task", "agent", "data", "evaluate", "sampling"),
   reads=_reads,
   leaves=lambda config: ("evaluate", "results.json", "report.html"),
 )

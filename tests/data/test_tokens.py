@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
+from oracles import templates
 
 from oreo_jax import decode
 from oreo_jax.data import (
   Trajectory,
+  Turn,
   make_tokenizer,
   tokenize_prompt,
   tokenize_trajectories,
@@ -137,6 +139,25 @@ def test_bytes_by_hand():
     "bool",
     "float32",
   ]
+
+
+def test_a_turn_and_its_end_are_decisions():
+  tokenizer = templates.with_template(templates.CHATML)
+  turns = [Turn("user", "a"), Turn("assistant", "b\nc"), Turn("user", "d")]
+  chat = Trajectory((*turns, Turn("assistant", "efg")), 1.0, is_chat=True)
+  sequence = tokenize(chat, tokenizer, granularity="turn")
+  decisions = np.flatnonzero(sequence.decision_mask)
+  assert tokenizer.decode(sequence.tokens[decisions]) == (
+    "b<|im_end|>e<|im_end|>"
+  )
+  # As step level does where no step ends within a turn.
+  steps = tokenize(
+    chat,
+    tokenizer,
+    granularity="step",
+    step_ends=lambda ids: np.zeros(len(ids), bool),
+  )
+  np.testing.assert_array_equal(sequence.decision_mask, steps.decision_mask)
 
 
 def test_truncated_has_no_end():

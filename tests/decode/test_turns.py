@@ -20,7 +20,7 @@ TURNS = 4
 CONFIG = tiny.MODEL
 
 
-def plan_of(policy, critic, config, count, most=MOST):
+def plan_of(policy, critic, config, count, most=MOST, level="token"):
   strategy = best_of_actions(
     count,
     max_steps=100,
@@ -37,6 +37,7 @@ def plan_of(policy, critic, config, count, most=MOST):
     stops=Stops(np.zeros((1, config.vocab_size), np.int8)),
     eos_ids=(EOS,),
     max_new_tokens=most,
+    granularity=level,
   )
 
 
@@ -87,7 +88,7 @@ def play(plan, numbers, slots):
   return said
 
 
-def play_alone(policy, critic, config, number, count):
+def play_alone(policy, critic, config, number, count, level="token"):
   """The same by programs that read the whole text for every action."""
   text, said = beginning(number), []
   for turn in range(turns_of(number)):
@@ -106,8 +107,12 @@ def play_alone(policy, critic, config, number, count):
     best, value = 0, np.nan
     if critic is not None:
       along = answer_values(critic, [text], answers, config)
-      # At the state before the end of the turn, where there is one.
-      read = along[np.arange(count), answers.lengths - answers.finished]
+      # At the state before the end of the turn, where there is one. At turn
+      # level an action that was cut is read where it began.
+      last = answers.lengths - answers.finished
+      if level == "turn":
+        last = np.where(answers.finished, last, 0)
+      read = along[np.arange(count), last]
       best = int(np.argmax(read))
       value = read[best]
     elif count > 1:
@@ -119,10 +124,10 @@ def play_alone(policy, critic, config, number, count):
   return said
 
 
-def assert_same(said, policy, critic, config, count):
+def assert_same(said, policy, critic, config, count, level="token"):
   ends = set()
   for number, actions in said.items():
-    alone = play_alone(policy, critic, config, number, count)
+    alone = play_alone(policy, critic, config, number, count, level)
     assert len(actions) == len(alone)
     for action, (tokens, value, logps) in zip(actions, alone, strict=True):
       np.testing.assert_array_equal(action.tokens, tokens)
@@ -154,6 +159,13 @@ def test_conversations_are_those_that_read_every_text_anew(
   critic = critic if judged else None
   plan = plan_of(policy, critic, CONFIG, count)
   assert_same(play(plan, range(7), 3), policy, critic, CONFIG, count)
+
+
+@pytest.mark.slow
+def test_a_critic_of_turn_level_is_read_where_it_was_trained(networks):
+  plan = plan_of(*networks, CONFIG, 3, level="turn")
+  said = play(plan, range(7), 3)
+  assert_same(said, *networks, CONFIG, 3, level="turn")
 
 
 @pytest.mark.slow
