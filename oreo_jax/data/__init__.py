@@ -1,6 +1,7 @@
 """Trajectories: reading, tokenising with exact masks, packing, loading."""
 
-from oreo_jax.data.encoding import tokenize_prompt
+from oreo_jax.data.chat import render_chat
+from oreo_jax.data.encoding import tokenize_prompt, tokenize_text
 from oreo_jax.data.errors import TrajectoryError
 from oreo_jax.data.extras import Group, add_extra, unique_sequences
 from oreo_jax.data.loader import Loader, make_loader
@@ -44,9 +45,11 @@ __all__ = [
   "pack",
   "save_pairs",
   "save_tokenizer",
+  "render_chat",
   "save_trajectories",
   "split_by_problem",
   "tokenize_prompt",
+  "tokenize_text",
   "tokenize_trajectories",
   "tokenize_trajectory",
   "unique_sequences",

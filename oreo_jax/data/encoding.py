@@ -214,6 +214,11 @@ def tokenize_prompt(
   return np.concatenate([tokenized.ids for tokenized in encoded])
 
 
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+  """Returns i32[L], the tokens of a text as it is, without others around it."""
+  return _encode([text], tokenizer)[0].ids
+
+
 def _add_bos(
   pieces: list[Piece],
   encoded: list[Encoded],

@@ -154,42 +154,69 @@ class Codec:
     )
 
   def reply_tokens(
-    self, trajectory: data.Trajectory, observation: str, before: np.ndarray
+    self, trajectory: data.Trajectory, observation: str
   ) -> np.ndarray:
     """Returns i32[n], the tokens between the last action and the next one.
 
-    They hold what the template writes around an observation, and are those that
-    training has in this place.
+    They hold what the template writes around an observation. In training the
+    same tokens are in this place, which `check_played` makes sure of.
 
     Args:
       trajectory: a chat with its sampled tokens, up to its last action.
       observation: what the user says to it.
-      before: i32[m], all tokens of the chat so far, as the policy saw them.
+    """
+    place = trajectory.place
+    turns = [*trajectory.turns, data.Turn("user", observation)]
+    text = data.render_chat(turns, self.tokenizer, place, ask=True)
+    so_far = data.render_chat(trajectory.turns, self.tokenizer, place)
+    tail, end = self._turn_end
+    said = so_far.removesuffix(tail)
+    # The turn's end token was sampled, or else the template writes it now. Any
+    # special token in that place ends the turn, in training as well.
+    action = (trajectory.sampled or ())[-1]
+    content = trajectory.turns[-1].content
+    if action.has_end(content, self.tokenizer, is_cut_off=False):
+      said += end
+    if not so_far.endswith(tail) or not text.startswith(said):
+      raise self._rewrites()
+    return data.tokenize_text(text[len(said) :], self.tokenizer)
+
+  @functools.cached_property
+  def _turn_end(self) -> tuple[str, str]:
+    """Returns what the template writes behind an action: all, and the end."""
+    mark = "actionmark"
+    turns = (data.Turn("user", "a"), data.Turn("assistant", mark))
+    text = data.render_chat(turns, self.tokenizer, "a turn")
+    tail = text[text.rindex(mark) + len(mark) :]
+    chat = data.Trajectory(turns, 0.0, is_chat=True)
+    last = data.tokenize_trajectory(chat, self.tokenizer).tokens[-1:]
+    # Blanks before the end token are the policy's to write.
+    until, end, _ = tail.partition(str(self.tokenizer.decode(last)))
+    return tail, until + end if end and not until.strip() else ""
+
+  def check_played(
+    self, trajectory: data.Trajectory, tokens: np.ndarray
+  ) -> None:
+    """Makes sure that training has the tokens that were played.
+
+    Args:
+      trajectory: a chat with its sampled tokens.
+      tokens: i32[n], as the policy saw and said them, up to its last action.
 
     Raises:
-      ConfigError: if the chat has other tokens when more follows it: some
-        templates drop parts of earlier turns.
+      ConfigError: if it has others: some templates drop parts of earlier turns,
+        or write them anew.
     """
-    turns = (data.Turn("user", observation), data.Turn("assistant", ""))
-    longer = dataclasses.replace(
-      trajectory,
-      turns=(*trajectory.turns, *turns),
-      # The next action, of which nothing has been said.
-      sampled=(
-        *(trajectory.sampled or ()),
-        data.Sampled(np.zeros(0, int), np.zeros(0)),
-      ),
-      truncated=True,
-      turn_rewards=None,
+    trained = data.tokenize_trajectory(trajectory, self.tokenizer).tokens
+    if not np.array_equal(trained, tokens):
+      raise self._rewrites()
+
+  def _rewrites(self) -> ConfigError:
+    return ConfigError(
+      "the tokenizer's chat template writes earlier turns in another way when "
+      "later ones follow, so that they would have to be read again: give the "
+      "tokenizer of --config.init one that keeps them"
     )
-    tokens = data.tokenize_trajectory(longer, self.tokenizer).tokens
-    if not np.array_equal(tokens[: len(before)], before):
-      raise ConfigError(
-        "the tokenizer's chat template writes earlier turns in another way "
-        "when later ones follow, so that they would have to be read again: "
-        "give the tokenizer of --config.init one that keeps them"
-      )
-    return tokens[len(before) :]
 
   def tokenize(
     self,

@@ -65,6 +65,17 @@ class _Playing:
   actions: list[decode.Action] = dataclasses.field(default_factory=list)
   rewards: list[float] = dataclasses.field(default_factory=list)
 
+  def say(self, text: str, action: decode.Action) -> None:
+    """Notes an action."""
+    self.turns.append(data.Turn(ASSISTANT, text))
+    self.actions.append(action)
+    self.history = np.concatenate([self.history, action.tokens])
+
+  def hear(self, observation: str, tokens: np.ndarray) -> None:
+    """Notes what was answered to it."""
+    self.turns.append(data.Turn("user", observation))
+    self.history = np.concatenate([self.history, tokens])
+
   def trajectory(self) -> data.Trajectory:
     """Returns the conversation up to its last action."""
     total = sum(self.rewards)
@@ -146,21 +157,27 @@ def play_episodes(
       episode_now = playing[slot]
       end = len(action.tokens) - action.finished
       text = codec.text(action.tokens[:end])
-      episode_now.actions.append(action)
-      episode_now.turns.append(data.Turn(ASSISTANT, text))
+      episode_now.say(text, action)
       said[episode_now.start.number] = text
       slot_of[episode_now.start.number] = slot
     for number, reply in pool.step(said).items():
       slot = slot_of[number]
-      reason = _hear(playing[slot], reply, codec, max_turns)
-      if isinstance(reason, np.ndarray):
-        if conversations.has_room(slot, len(reason)):
-          heard[slot] = reason
+      reason = _hear(playing[slot], reply, max_turns)
+      if not reason and isinstance(reply, Step):
+        chat = playing[slot].trajectory()
+        tokens = codec.reply_tokens(chat, reply.observation)
+        if conversations.has_room(slot, len(tokens)):
+          playing[slot].hear(reply.observation, tokens)
+          heard[slot] = tokens
           continue
         reason = TOKENS
       pool.end([number])
       reasons[reason] += 1
-      yield playing.pop(slot).ended(reason)
+      ended = playing.pop(slot)
+      episode = ended.ended(reason)
+      if episode.trajectory is not None:
+        codec.check_played(episode.trajectory, ended.history)
+      yield episode
     conversations.observe(heard)
   if reasons[LOST]:
     logging.warning(
@@ -209,24 +226,11 @@ def _enter(
   return entering, over
 
 
-def _hear(
-  playing: _Playing, reply: Step | Lost, codec: Codec, max_turns: int
-) -> str | np.ndarray:
-  """Notes what the environment answered.
-
-  Returns:
-    Why the episode is over, or the tokens of what was answered.
-  """
+def _hear(playing: _Playing, reply: Step | Lost, max_turns: int) -> str:
+  """Notes what an action earned; returns why the episode is over, if it is."""
   if isinstance(reply, Lost):
     return LOST
   playing.rewards.append(float(reply.reward))
   if reply.done:
     return DONE
-  if len(playing.actions) >= max_turns:
-    return TURNS
-  action = playing.actions[-1].tokens
-  before = np.concatenate([playing.history, action])
-  tokens = codec.reply_tokens(playing.trajectory(), reply.observation, before)
-  playing.turns.append(data.Turn("user", reply.observation))
-  playing.history = np.concatenate([before, tokens])
-  return tokens
+  return TURNS if len(playing.actions) >= max_turns else ""
