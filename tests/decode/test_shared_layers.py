@@ -115,6 +115,7 @@ def test_a_search_is_the_same(strategy, granularity):
     )
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_whole_critic():
   policy, critic = networks()
   plan = plan_of(policy, models.share_trunk(critic, policy), STRATEGIES[0])
@@ -155,6 +156,7 @@ def size(tree):
   return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_weights_and_caches_are_held_once():
   policy, critic = networks()
   strategy = STRATEGIES[0]

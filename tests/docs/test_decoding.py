@@ -28,6 +28,7 @@ def folders(tmp_path_factory):
   return {name: str(home / name) for name in ("folder", "value_folder")}
 
 
+@pytest.mark.slow
 def test_blocks_run_one_after_the_other(folders, capsys):
   names = {"__name__": "docs", **folders}
   with jax.numpy_dtype_promotion("standard"):  # as a reader has it

@@ -130,12 +130,14 @@ def test_training_has_the_tokens_that_were_played(episodes):
   assert ended == {True, False}
 
 
+@pytest.mark.slow
 def test_slots_and_restarts_change_nothing(episodes):
   some = play(STARTS[::-1][:4], slots=2)
   for number, episode in some.items():
     assert episode.trajectory.turns == episodes[number].trajectory.turns
 
 
+@pytest.mark.slow
 def test_limits_of_turns_and_tokens_end_an_episode():
   few = play(STARTS[2:4], turns=2)
   assert {each.reason for each in few.values()} == {"turns"}

@@ -304,6 +304,7 @@ if "exit" not in sys.argv:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "state, blow",
   [
@@ -341,6 +342,7 @@ def memory_kb(pid):
   return int(status.partition("VmRSS:")[2].split()[0])
 
 
+@pytest.mark.slow
 def test_memory_is_flat(make_pool):
   pool = make_pool(functools.partial(Parrot, size=10_000), slots=8, workers=1)
   play(pool, 200, 3)
