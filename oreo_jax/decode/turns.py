@@ -33,7 +33,7 @@ from oreo_jax.decode.continuous import room_for
 from oreo_jax.decode.plan import Plan
 from oreo_jax.decode.search import admit_some, start_slots, widen
 from oreo_jax.decode.step import Beams, advance, stems_of
-from oreo_jax.decode.suffixes import append, where_rows
+from oreo_jax.decode.suffixes import append
 from oreo_jax.hosts import to_host
 from oreo_jax.models import Cache
 
@@ -104,13 +104,12 @@ def observe(
     plan: as for `act`.
     state: C conversations, all with room for W + 1 tokens.
     tokens: i32[C, W], left-aligned.
-    counts: i32[C], tokens of each; 0 for a conversation that has ended, which
-      is not active from then on.
+    counts: i32[C], tokens of each; 0 for a conversation that has ended. It is
+      not active from then on, and what its row holds means nothing.
 
   Returns:
     The conversations; those that were answered are active.
   """
-  answered = counts > 0
   stems = stems_of(state)
   count, width = tokens.shape
   # The policy has not read the last token of the action. Neither will it have
@@ -128,11 +127,8 @@ def observe(
   )
   at_last = jnp.maximum(counts - 1, 0)[:, None]
   last = jnp.take_along_axis(tokens, at_last, axis=1)[:, 0]
-  state = state._replace(
-    cache=_append(state.cache, read.cache, state.lengths, answered)
-  )
-  reading = state.reading
-  if state.critic_cache is not None:
+  reading, critic_cache = state.reading, state.critic_cache
+  if critic_cache is not None:
     stream = read.stream
     judged = models.apply_branches(
       cast(models.Params, plan.critic),
@@ -146,7 +142,7 @@ def observe(
     hidden = jnp.take_along_axis(judged.hidden, at_last[..., None], axis=1)
     value = models.values(cast(models.Params, plan.critic), hidden[:, 0])
     # The state before an action is one at which V was trained.
-    new = Reading(
+    reading = Reading(
       values=value,
       last_values=value,
       least=jnp.minimum(reading.least, value),
@@ -154,37 +150,23 @@ def observe(
       states=reading.states + 1,
       at_last=jnp.ones(count, bool),
     )
-    reading = where_rows(answered, new, reading)
-    state = state._replace(
-      critic_cache=_append(
-        state.critic_cache, judged.cache, state.lengths, answered
-      )
-    )
-  texts = append(state.tokens, tokens, state.lengths)
-  logps = append(
-    state.logps, jnp.zeros(tokens.shape, jnp.float32), state.lengths
-  )
+    critic_cache = _append(critic_cache, judged.cache, state.lengths)
+  no_logps = jnp.zeros(tokens.shape, jnp.float32)
   return state._replace(
-    tokens=where_rows(answered, texts, state.tokens),
-    logps=where_rows(answered, logps, state.logps),
+    tokens=append(state.tokens, tokens, state.lengths),
+    logps=append(state.logps, no_logps, state.lengths),
+    cache=_append(state.cache, read.cache, state.lengths),
+    critic_cache=critic_cache,
     lengths=state.lengths + counts,
-    fed=jnp.where(answered, last, state.fed),
+    fed=last,
     reading=reading,
-    active=answered,
+    active=counts > 0,
   )
 
 
-def _append(
-  old: Cache, new: Cache | None, start: jax.Array, rows: jax.Array
-) -> Cache:
-  """Returns a cache with new slots behind those of some rows."""
-
-  def write(x: jax.Array, y: jax.Array) -> jax.Array:
-    written = append(x, y, start, axis=3)
-    chosen = rows.reshape(1, -1, *(1,) * (x.ndim - 2))
-    return jnp.where(chosen, written, x)
-
-  return jax.tree.map(write, old, new)
+def _append(old: Cache, new: Cache | None, start: jax.Array) -> Cache:
+  """Returns a cache with new slots behind those of every row."""
+  return jax.tree.map(lambda x, y: append(x, y, start, axis=3), old, new)
 
 
 class Conversations:
