@@ -6,8 +6,6 @@ Bias on q/k/v (Qwen2), RMSNorm on q and k (Qwen3) and residual multipliers
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +19,6 @@ from oreo_jax.sharding import constrain_batch
 
 # cos and sin of `attention.rotary_angles`.
 Rotary = tuple[jax.Array, jax.Array]
-Tree = TypeVar("Tree")
 
 # Names the queries, keys and values for the policies of `remat`.
 PROJECTED = "projected"
@@ -121,14 +118,3 @@ class Block(nnx.Module):
     y = self.mlp_norm(x)
     y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
     return constrain_batch(x + y * c.residual_scale)
-
-
-def layer_of(stacked: Tree, index: jax.Array) -> Tree:
-  """Returns one layer of arrays with a leading layer dimension.
-
-  A loop that takes each layer where it lies copies nothing; a loop over a part
-  of the layers, cut out for it, copies that part.
-  """
-  return jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked
-  )

@@ -16,7 +16,7 @@ its position in its rotation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from oreo_jax.config import INT8, ModelConfig
 from oreo_jax.models.quantize import quantize
 from oreo_jax.sharding import constrain_batch
+
+Tree = TypeVar("Tree")
 
 
 class Cache(NamedTuple):
@@ -122,15 +124,26 @@ def _each(change: Callable[[jax.Array], jax.Array], cache: Cache) -> Cache:
   )
 
 
-def layer_of(cache: Cache, layer: jax.Array | int) -> Cache:
-  """Returns one layer, arrays [B, K, S, ...]; an int where they are apart."""
-  if type(cache.keys) is tuple:
+def layer_of(stacked: Tree, layer: jax.Array | int) -> Tree:
+  """Returns one layer of a cache, or of weights in one stack.
+
+  A loop that takes each layer where it lies copies nothing; a loop over a part
+  of the layers, cut out for it, copies that part.
+
+  Args:
+    stacked: a cache, or a tree of arrays with a leading layer dimension.
+    layer: which one; an int for a cache whose layers are apart.
+
+  Returns:
+    The same tree without that dimension.
+  """
+  if isinstance(stacked, Cache) and type(stacked.keys) is tuple:
     index = cast(int, layer)
     # One that a loop carries has no layer dimension.
-    whole = cache if cache.keys[0].ndim == 4 else carried(cache)
-    return Cache(*(x and x[index] for x in whole))
+    whole = stacked if stacked.keys[0].ndim == 4 else carried(stacked)
+    return cast(Tree, Cache(*(x and x[index] for x in whole)))
   return jax.tree.map(
-    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache
+    lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacked
   )
 
 

@@ -15,7 +15,6 @@ from flax import nnx
 
 from oreo_jax.config import ModelConfig
 from oreo_jax.models import attention, cache
-from oreo_jax.models.block import layer_of
 from oreo_jax.models.cache import Cache, Shared
 from oreo_jax.models.decoder import Decoder
 from oreo_jax.models.functional import Output, check_depth
@@ -272,7 +271,7 @@ def _run_layers(
 
   if each is None:
     (x, carry), made = jax.lax.scan(
-      lambda carry, index: layer(carry, index, layer_of(stacked, index)),
+      lambda carry, index: layer(carry, index, cache.layer_of(stacked, index)),
       (x, carry),
       jnp.arange(*layers, dtype=jnp.int32),
       unroll=model.config.unroll,

@@ -14,7 +14,8 @@ from flax import nnx
 from oreo_jax import memory
 from oreo_jax.config import INT8, ModelConfig
 from oreo_jax.models import attention
-from oreo_jax.models.block import PROJECTED, Block, Norm, Rotary, layer_of
+from oreo_jax.models.block import PROJECTED, Block, Norm, Rotary
+from oreo_jax.models.cache import layer_of
 from oreo_jax.models.embedding import embed
 from oreo_jax.models.packed_attention import attend_packed
 from oreo_jax.sharding import constrain_batch

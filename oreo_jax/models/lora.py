@@ -143,16 +143,14 @@ def few_rows_product(x: jax.Array, table: jax.Array) -> jax.Array:
   a few rows the large one should come first.
   """
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  if not 1 < x.shape[0] <= _FEW_ROWS:
-    return dot("mk,nk->mn", x, table)
+  rows_first = functools.partial(dot, "mk,nk->mn")
 
   def table_first(x: jax.Array, table: jax.Array) -> jax.Array:
     # Without the barrier the compiler turns the product around again.
     return jax.lax.optimization_barrier(dot("nk,mk->nm", table, x)).T
 
-  def rows_first(x: jax.Array, table: jax.Array) -> jax.Array:
-    return dot("mk,nk->mn", x, table)
-
+  if not 1 < x.shape[0] <= _FEW_ROWS:
+    return rows_first(x, table)
   return jax.lax.platform_dependent(
     x, table, cpu=table_first, default=rows_first
   )
