@@ -132,13 +132,7 @@ def decode_program(config: Config, mesh: Mesh) -> Program:
   batch = _prompts(config, layout.mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   rows = prompts * settings.samples
-  sampler = Sampler(
-    settings.temperature,
-    settings.top_k,
-    settings.top_p,
-    settings.min_p,
-    settings.repetition_penalty,
-  )
+  sampler = Sampler.of(settings)
 
   def lower() -> Any:
     with jax.set_mesh(layout.mesh):
@@ -185,9 +179,7 @@ def search_program(config: Config, mesh: Mesh) -> Program:
   batch = _prompts(config, layout.mesh, count, settings.max_new_tokens)
   prompts, room = batch[0].shape
   key = jax.eval_shape(lambda: jax.random.key(0))
-  sampler = Sampler(
-    settings.temperature, settings.top_k, settings.top_p, settings.min_p
-  )
+  sampler = Sampler.of(settings)
   # Automata of the delimiters that a config can name have up to 4 states.
   table: Any = jax.ShapeDtypeStruct(
     (4, model.vocab_size), jnp.int8, sharding=replicated(layout.mesh)

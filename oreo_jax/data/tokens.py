@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from oreo_jax.config import GRANULARITIES
 from oreo_jax.data import errors
 from oreo_jax.data.chat import CONTEXT, Piece
 from oreo_jax.data.encoding import Encoded, encode_plans, make_plan
@@ -22,7 +23,6 @@ from oreo_jax.data.schema import Trajectory
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
-GRANULARITIES = ("token", "step", "turn", "response")
 # Trajectories tokenised at once.
 CHUNK = 1024
 # Takes the token ids of one assistant turn, i32[L], without its end token, and

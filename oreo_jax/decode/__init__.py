@@ -37,7 +37,13 @@ from oreo_jax.decode.scores import (
   mixture,
 )
 from oreo_jax.decode.search import Search, search
-from oreo_jax.decode.stops import DELIMITERS, Stops, make_stops, step_ends
+from oreo_jax.decode.stops import (
+  DELIMITERS,
+  Stops,
+  make_stops,
+  no_stops,
+  step_ends,
+)
 from oreo_jax.decode.turns import Action, Conversations
 from oreo_jax.decode.values import (
   answer_values,
@@ -84,6 +90,7 @@ __all__ = [
   "make_plan",
   "make_stops",
   "mixture",
+  "no_stops",
   "rank_all",
   "readable_states",
   "reduce_values",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,18 @@ class Sampler:
           f"sampler.{field.name}: expected {limits.describe(kind)}, got "
           f"{value!r}"
         )
+
+  @classmethod
+  def of(cls, settings: Any) -> Sampler:
+    """Returns the sampler that a section of the config describes.
+
+    Args:
+      settings: has fields of the same names; one that it lacks is off.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(
+      **{n: getattr(settings, n) for n in names if hasattr(settings, n)}
+    )
 
 
 ANCESTRAL = Sampler()

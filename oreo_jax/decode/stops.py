@@ -97,6 +97,11 @@ def make_stops(
   return Stops(_token_table(next_state, ends, texts))
 
 
+def no_stops(vocab_size: int) -> Stops:
+  """Returns the automaton of no delimiter: no token ends a step."""
+  return Stops(np.zeros((1, vocab_size), np.int8))
+
+
 def advance(
   stops: Stops, state: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

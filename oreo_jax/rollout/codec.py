@@ -63,10 +63,7 @@ class Codec:
     """
     ends = [tokenizer.eos_token_id, *end_ids]
     if settings.chat:
-      turns = (data.Turn("user", "a"), data.Turn("assistant", "b"))
-      chat = data.Trajectory(turns, 0.0, is_chat=True)
-      # An answer's last token is what the chat template ends a turn with.
-      ends.append(int(data.tokenize_trajectory(chat, tokenizer).tokens[-1]))
+      ends.append(_end_of_turn(tokenizer))
     unique = dict.fromkeys(token for token in ends if token is not None)
     return cls(
       tokenizer,
@@ -185,13 +182,12 @@ class Codec:
   def _turn_end(self) -> tuple[str, str]:
     """Returns what the template writes behind an action: all, and the end."""
     mark = "actionmark"
-    turns = (data.Turn("user", "a"), data.Turn("assistant", mark))
+    turns = [data.Turn("user", "a"), data.Turn("assistant", mark)]
     text = data.render_chat(turns, self.tokenizer, "a turn")
     tail = text[text.rindex(mark) + len(mark) :]
-    chat = data.Trajectory(turns, 0.0, is_chat=True)
-    last = data.tokenize_trajectory(chat, self.tokenizer).tokens[-1:]
+    last = self.tokenizer.decode([_end_of_turn(self.tokenizer)])
     # Blanks before the end token are the policy's to write.
-    until, end, _ = tail.partition(str(self.tokenizer.decode(last)))
+    until, end, _ = tail.partition(str(last))
     return tail, until + end if end and not until.strip() else ""
 
   def check_played(
@@ -242,3 +238,10 @@ class Codec:
       step_ends=self.step_ends,
       **options,
     )
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+  """Returns the token that the chat template ends an assistant's turn with."""
+  turns = (data.Turn("user", "a"), data.Turn("assistant", "b"))
+  chat = data.Trajectory(turns, 0.0, is_chat=True)
+  return int(data.tokenize_trajectory(chat, tokenizer).tokens[-1])

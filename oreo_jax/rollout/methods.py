@@ -58,10 +58,7 @@ class Exam(NamedTuple):
   @property
   def sampler(self) -> decode.Sampler:
     """Returns how samples and proposals are drawn."""
-    settings = self.settings
-    return decode.Sampler(
-      settings.temperature, settings.top_k, settings.top_p, settings.min_p
-    )
+    return decode.Sampler.of(self.settings)
 
 
 class Judge(NamedTuple):

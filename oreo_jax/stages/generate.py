@@ -104,7 +104,7 @@ def _sample(
   stream = engine.stream(
     [prompt],
     n=settings.samples,
-    sampler=_sampler(settings),
+    sampler=decode.Sampler.of(settings),
     max_new_tokens=settings.max_new_tokens,
     stop=settings.stop,
     seed=settings.seed,
@@ -121,16 +121,6 @@ def _how(completion: decode.Completion) -> str:
   count = len(completion.tokens)
   logp = float(completion.logps.sum())
   return f"{count} tokens, log-probability {logp:.1f}, {completion.reason}"
-
-
-def _sampler(settings: GenerateConfig) -> decode.Sampler:
-  return decode.Sampler(
-    settings.temperature,
-    settings.top_k,
-    settings.top_p,
-    settings.min_p,
-    settings.repetition_penalty,
-  )
 
 
 def _searched(
@@ -154,7 +144,7 @@ def _searched(
       [prompt],
       make(settings),
       sampler=dataclasses.replace(
-        _sampler(settings), temperature=settings.search_temperature
+        decode.Sampler.of(settings), temperature=settings.search_temperature
       ),
       max_new_tokens=settings.max_new_tokens,
       delimiters=delimiters,

@@ -7,7 +7,13 @@ import pytest
 from oracles import tiny
 
 from oreo_jax import models
-from oreo_jax.decode import Stops, Strategy, best_of_actions, by_logp, make_plan
+from oreo_jax.decode import (
+  Strategy,
+  best_of_actions,
+  by_logp,
+  make_plan,
+  no_stops,
+)
 from oreo_jax.decode.generate import Generation, run_batch
 from oreo_jax.decode.sampling import ANCESTRAL, row_keys, sampling_rows
 from oreo_jax.decode.turns import Conversations, act, observe
@@ -34,7 +40,7 @@ def plan_of(policy, critic, config, count, most=MOST, level="token"):
     config,
     strategy=strategy,
     # Nothing but its end ends an action.
-    stops=Stops(np.zeros((1, config.vocab_size), np.int8)),
+    stops=no_stops(config.vocab_size),
     eos_ids=(EOS,),
     max_new_tokens=most,
     granularity=level,

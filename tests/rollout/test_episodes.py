@@ -11,9 +11,9 @@ from oreo_jax import data
 from oreo_jax.config import DataConfig
 from oreo_jax.decode import (
   Conversations,
-  Stops,
   best_of_actions,
   make_plan,
+  no_stops,
 )
 from oreo_jax.rollout import Codec, Start, play_episodes
 from oreo_jax.settings import ConfigError
@@ -74,7 +74,7 @@ def play(starts=STARTS, *, slots=3, make=Echo, most=600, turns=9, count=2):
     jax.random.key(0),
     CONFIG,
     strategy=best_of_actions(count, max_steps=99, max_step_tokens=MOST_ACTION),
-    stops=Stops(np.zeros((1, CONFIG.vocab_size), np.int8)),
+    stops=no_stops(CONFIG.vocab_size),
     eos_ids=CODEC.end_ids,
     max_new_tokens=most,
   )
