@@ -20,10 +20,8 @@ from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.rollout.answers import grade_texts
 from oreo_jax.rollout.codec import Codec
-from oreo_jax.rollout.shards import Shards
+from oreo_jax.rollout.shards import TRAJECTORIES_A_SHARD, Shards
 from oreo_jax.tasks import Problem, Task
-
-_ANSWERS_A_SHARD = 1024  # that are graded and written together
 
 
 class Collected(NamedTuple):
@@ -48,7 +46,7 @@ def collect_answers(
   slots: int,
   sampler: decode.Sampler = decode.ANCESTRAL,
   first_number: int = 0,
-  answers_a_shard: int = _ANSWERS_A_SHARD,
+  answers_a_shard: int = TRAJECTORIES_A_SHARD,
 ) -> Collected:
   """Samples answers to problems, grades them and keeps them in a folder.
 

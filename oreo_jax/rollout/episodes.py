@@ -54,6 +54,12 @@ class Episode(NamedTuple):
     """Returns what it earned, 0 if there is no trajectory."""
     return self.trajectory.reward if self.trajectory else 0.0
 
+  @property
+  def tokens(self) -> int:
+    """Returns how many tokens its actions have, 0 without a trajectory."""
+    sampled = self.trajectory.sampled if self.trajectory else None
+    return sum(len(turn.tokens) for turn in sampled or ())
+
 
 @dataclasses.dataclass
 class _Playing:
@@ -63,12 +69,14 @@ class _Playing:
   turns: list[data.Turn]
   history: np.ndarray  # i32[n], all tokens so far
   actions: list[decode.Action] = dataclasses.field(default_factory=list)
+  sampled: list[data.Sampled] = dataclasses.field(default_factory=list)
   rewards: list[float] = dataclasses.field(default_factory=list)
 
   def say(self, text: str, action: decode.Action) -> None:
     """Notes an action."""
     self.turns.append(data.Turn(ASSISTANT, text))
     self.actions.append(action)
+    self.sampled.append(data.Sampled(action.tokens, action.logps))
     self.history = np.concatenate([self.history, action.tokens])
 
   def hear(self, observation: str, tokens: np.ndarray) -> None:
@@ -89,10 +97,7 @@ class _Playing:
       id=self.start.name,
       truncated=not self.actions[-1].finished,
       is_chat=True,
-      sampled=tuple(
-        data.Sampled(action.tokens.tolist(), action.logps.tolist())
-        for action in self.actions
-      ),
+      sampled=tuple(self.sampled),
     )
 
   def ended(self, reason: str) -> Episode:

@@ -21,7 +21,7 @@ from oreo_jax.models import Params
 from oreo_jax.progress import Progress
 from oreo_jax.rollout.codec import Codec
 from oreo_jax.rollout.collection import Collected
-from oreo_jax.rollout.episodes import LOST, Episode, Start, play_episodes
+from oreo_jax.rollout.episodes import Episode, Start, play_episodes
 from oreo_jax.rollout.methods import Judge, Outcome
 from oreo_jax.rollout.shards import Shards
 from oreo_jax.tasks import Problem
@@ -63,8 +63,8 @@ class Player(NamedTuple):
       jax.random.key(self.seed),
       self.config,
       strategy=strategy,
-      # Its end-of-turn alone ends an action: no token ends a step.
-      stops=decode.Stops(np.zeros((1, self.config.vocab_size), np.int8)),
+      # Its end-of-turn alone ends an action.
+      stops=decode.no_stops(self.config.vocab_size),
       eos_ids=self.codec.end_ids,
       max_new_tokens=settings.max_tokens,
       sampler=self.sampler,
@@ -73,14 +73,10 @@ class Player(NamedTuple):
     slots = max(min(self.slots, count), 1)
     return decode.Conversations(plan, slots, settings.max_prompt_tokens)
 
-  def play(self, starts: Sequence[Start], progress: Progress) -> list[Episode]:
-    """Plays episodes; returns them as they ended."""
-    return list(self.stream(starts, progress))
-
-  def stream(
+  def play(
     self, starts: Sequence[Start], progress: Progress
   ) -> Iterator[Episode]:
-    """Yields episodes as they end."""
+    """Plays episodes; yields them as they end."""
     conversations = self.conversations(len(starts))
     with EnvironmentPool(
       self.task.make_environment,
@@ -141,13 +137,11 @@ def collect_episodes(
     initial=len(shards.done),
     enabled=hosts.is_chief(),
   ) as progress:
-    for episode in player.stream(left, progress) if left else ():
+    for episode in player.play(left, progress) if left else ():
       reasons[episode.reason] = reasons.get(episode.reason, 0) + 1
       if episode.trajectory is not None:
         shards.add(episode.trajectory)
-        usage.tokens += sum(
-          len(turn.tokens) for turn in episode.trajectory.sampled or ()
-        )
+        usage.tokens += episode.tokens
   shards.flush()
   if not shards.done:
     raise ConfigError(
@@ -191,16 +185,12 @@ def agent_methods(
     with Progress(
       len(starts), f"{label}, {title}", unit="episode", enabled=hosts.is_chief()
     ) as progress:
-      episodes = way.play(starts, progress)
+      episodes = list(way.play(starts, progress))
     rewards = np.zeros(len(starts), np.float32)
-    tokens = 0
     for episode in episodes:
       # A lost episode counts as one that failed, and is told.
       rewards[episode.start.number] = episode.reward
-      if episode.reason != LOST and episode.trajectory is not None:
-        tokens += way.actions * sum(
-          len(turn.tokens) for turn in episode.trajectory.sampled or ()
-        )
+    tokens = way.actions * sum(episode.tokens for episode in episodes)
     outcomes.append(
       Outcome(
         f"{label}, {title}" if way.judge is None else f"{label} + {title}",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from oreo_jax import data, hosts
 from oreo_jax.settings import ConfigError
 
-_TRAJECTORIES_A_SHARD = 1024
+TRAJECTORIES_A_SHARD = 1024
 
 
 class Shards:
@@ -31,7 +31,7 @@ class Shards:
     folder: pathlib.Path,
     names: Sequence[str],
     *,
-    a_shard: int = _TRAJECTORIES_A_SHARD,
+    a_shard: int = TRAJECTORIES_A_SHARD,
   ):
     """Reads what an earlier run left.
 

@@ -43,14 +43,8 @@ def collect(workspace: Workspace) -> None:
   graded_before = grading_counts(task)
   folder = workspace.path("collect")
   layout = workspace.layout("lm")
-  sampler = decode.Sampler(
-    settings.temperature,
-    settings.top_k,
-    settings.top_p,
-    settings.min_p,
-    settings.repetition_penalty,
-  )
-  reasons: dict[str, int] = {}
+  sampler = decode.Sampler.of(settings)
+  reasons: dict[str, int] | None = None
   with jax.set_mesh(layout.mesh):
     policy = layout.place(workspace.start_policy())
     if isinstance(task, AgentTask):
@@ -103,7 +97,7 @@ def collect(workspace: Workspace) -> None:
     blank=sum(not each.turns[-1].content.strip() for each in sampled),
     grading=dict(grading_counts(task) - graded_before),
     tokens_per_second=usage.tokens / max(collected.seconds, 1e-9),
-    **({"ended": reasons} if reasons else {"slots_busy": usage.share}),
+    **({"slots_busy": usage.share} if reasons is None else {"ended": reasons}),
   )
   return None
 
@@ -117,7 +111,13 @@ COLLECT = Stage(
   summary="samples and grades trajectories",
   run=run,
   settings=(
-    *("seed", "init", "model", "task", "agent", "data", "collect"),
+    "seed",
+    "init",
+    "model",
+    "task",
+    "agent",
+    "data",
+    "collect",
     "sampling",
   ),
   reads=_reads,

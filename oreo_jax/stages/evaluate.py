@@ -148,10 +148,10 @@ def _examine(
     if "policy" in roles
     else workspace.start_policy()
   )
+  judge = None
+  if "critic" in roles:
+    judge = _judge(workspace, layout, stage, policy)
   if isinstance(exam.task, AgentTask):
-    judge = None
-    if "critic" in roles:
-      judge = _judge(workspace, layout, stage, policy)
     settings = exam.settings
     player = Player(
       policy,
@@ -168,7 +168,6 @@ def _examine(
   outcomes = methods.plain_methods(policy, label, exam)
   if "critic" not in roles:
     return outcomes, {}
-  judge = _judge(workspace, layout, stage, policy)
   outcomes += methods.sampled_methods(policy, judge, label, exam)
   if judge is None:
     return outcomes, {}
