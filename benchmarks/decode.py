@@ -30,6 +30,7 @@ import tempfile
 import time
 
 from sides import Side, answers
+from ways import take_turns
 
 BATCHES = (1, 8, 32)
 PROMPT, NEW = 64, 64
@@ -295,14 +296,11 @@ def measure_collection(few: bool, shape, repeats: int) -> dict:
   ]
   # A static batch has all samples of some prompts, and ends with its longest.
   static = {"rows_per_prompt": samples, "refill": 1.0, "most_steps": 256}
-  ways = {"refilled": {}, "static": static}
-  seconds, share = {name: [] for name in ways}, {}
-  results = {}
-  for turn in range(repeats + 1):
-    for name, options in ways.items():
+
+  def answering(**options):
+    def answer():
       usage = decode.Usage()
-      start = time.perf_counter()
-      results[name] = {
+      tokens = {
         (each.request, each.sample): each.tokens.tolist()
         for each in decode.answer_requests(
           policy,
@@ -315,22 +313,24 @@ def measure_collection(few: bool, shape, repeats: int) -> dict:
           **options,
         )
       }
-      if turn:
-        seconds[name].append(time.perf_counter() - start)
-      share[name] = usage.share
-    say(f"collection: turn {turn} of {repeats}")
+      return tokens, usage.share
+
+    return answer
+
+  ways = {"refilled": answering(), "static": answering(**static)}
+  seconds, results = take_turns("collection", ways, repeats)
   tokens = samples * sum(request.max_new_tokens for request in requests)
   ways = {
     name: {
       "seconds": [round(s, 3) for s in seconds[name]],
       "tokens_per_s": tokens / statistics.median(seconds[name]),
-      "useful_slot_steps": share[name],
+      "useful_slot_steps": results[name][1],
     }
     for name in ways
   }
   same = [
-    results["static"][place] == tokens
-    for place, tokens in results["refilled"].items()
+    results["static"][0][place] == tokens
+    for place, tokens in results["refilled"][0].items()
   ]
   return {
     "weights": models.count_params(policy),

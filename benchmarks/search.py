@@ -28,12 +28,12 @@ import json
 import os
 import statistics
 import sys
-import time
 from unittest import mock
 
 import jax
 import numpy as np
 from search_reread import search_anew
+from ways import take_turns
 
 from oreo_jax import decode, models
 from oreo_jax.config import Config
@@ -94,7 +94,7 @@ class Models:
       strategy=decode.Strategy(
         beams=BEAMS, max_steps=steps, max_step_tokens=STEP, score=score
       ),
-      stops=decode.Stops(np.zeros((1, VOCAB), np.int8)),
+      stops=decode.no_stops(VOCAB),
       eos_ids=eos,
       max_new_tokens=steps * STEP,
     )
@@ -104,28 +104,6 @@ def prompts_of(count: int, length: int) -> np.ndarray:
   """Returns i32[count, length]."""
   rng = np.random.default_rng(0)
   return rng.integers(1, VOCAB, (count, length), dtype=np.int32)
-
-
-def take_turns(what: str, ways: dict, repeats: int) -> tuple[dict, dict]:
-  """Calls every way in turns.
-
-  Args:
-    what: is measured.
-    ways: functions by their names.
-    repeats: timed turns; one more before them compiles.
-
-  Returns:
-    ({name: list of seconds}, {name: what the last call returned}).
-  """
-  seconds, results = {name: [] for name in ways}, {}
-  for turn in range(repeats + 1):
-    for name, call in ways.items():
-      start = time.perf_counter()
-      results[name] = call()
-      if turn:
-        seconds[name].append(time.perf_counter() - start)
-    print(f"{what}: turn {turn} of {repeats}", file=sys.stderr, flush=True)
-  return seconds, results
 
 
 def rounded(seconds: list[float]) -> list[float]:

@@ -17,11 +17,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ways import take_turns
 
 from oreo_jax import decode, models
 from oreo_jax.config import ModelConfig
@@ -77,9 +77,8 @@ def measure(name: str, repeats: int) -> dict:
   ends = np.arange(config.vocab_size) % 16 == 1
   stops = decode.Stops(ends.astype(np.int8)[None])
   critics = {"apart": critic, "shared": models.share_trunk(critic, policy)}
-  plans, seconds, found = {}, {way: [] for way in WAYS}, {}
-  for way in WAYS:
-    plans[way] = decode.make_plan(
+  plans = {
+    way: decode.make_plan(
       policy,
       critics[way],
       jax.random.key(3),
@@ -89,14 +88,15 @@ def measure(name: str, repeats: int) -> dict:
       eos_ids=(0,),
       max_new_tokens=ANSWER,
     )
-  for number in range(repeats + 1):
-    for way in WAYS:
-      start = time.perf_counter()
-      found[way] = decode.search(plans[way], prompts, slots=QUESTIONS)
-      # The first call compiles.
-      if number:
-        seconds[way].append(time.perf_counter() - start)
-    print(f"{name}: {number} of {repeats}", file=sys.stderr, flush=True)
+    for way in WAYS
+  }
+
+  def searching(plan: decode.Plan):
+    return lambda: decode.search(plan, prompts, slots=QUESTIONS)
+
+  seconds, found = take_turns(
+    name, {way: searching(plan) for way, plan in plans.items()}, repeats
+  )
   apart, shared = (found[way] for way in WAYS)
   result = {
     "size": name,

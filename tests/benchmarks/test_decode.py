@@ -1,36 +1,12 @@
 """The benchmark of decoding: that both sides and both ways say the same."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from oracles.benchmarks import report_of
 
 
 @pytest.mark.slow
 def test_all_ways_give_the_same_answers():
-  ended = subprocess.run(
-    [
-      sys.executable,
-      ROOT / "benchmarks" / "decode.py",
-      "--size=tiny",
-      "--repeats=2",
-      "--threads=1",
-    ],
-    capture_output=True,
-    text=True,
-    env={
-      **os.environ,
-      "PYTHONPATH": str(ROOT),
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    },
-  )
-  assert ended.returncode == 0, ended.stderr[-3000:]
-  report = json.loads(ended.stdout)
+  report = report_of("decode.py", "--repeats=2", "--threads=1")
 
   for batch in report["greedy"]["batches"]:
     assert len(batch["sides"]["oreo_jax"]["seconds"]) == 2

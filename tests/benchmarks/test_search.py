@@ -1,35 +1,12 @@
 """The benchmark of search: that all ways find the same answers."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from oracles.benchmarks import report_of
 
 
 @pytest.mark.slow
 def test_all_ways_find_the_same_answers():
-  ended = subprocess.run(
-    [
-      sys.executable,
-      ROOT / "benchmarks" / "search.py",
-      "--size=tiny",
-      "--repeats=2",
-    ],
-    capture_output=True,
-    text=True,
-    env={
-      **os.environ,
-      "PYTHONPATH": str(ROOT),
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    },
-  )
-  assert ended.returncode == 0, ended.stderr[-3000:]
-  report = json.loads(ended.stdout)
+  report = report_of("search.py", "--repeats=2")
 
   # 2 questions of 4 * 4 candidates, of which one becomes the answer.
   lengths = report["steps"]["lengths"]

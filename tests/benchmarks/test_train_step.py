@@ -1,37 +1,14 @@
 """The benchmark against PyTorch: that both sides compute the same."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from oracles.benchmarks import report_of
 
 
 @pytest.mark.slow
 def test_both_sides_compute_the_same_loss():
   pytest.importorskip("torch")
-  ended = subprocess.run(
-    [
-      sys.executable,
-      ROOT / "benchmarks" / "train_step.py",
-      "--size=tiny",
-      "--repeats=3",
-      "--threads=1",
-    ],
-    capture_output=True,
-    text=True,
-    env={
-      **os.environ,
-      "PYTHONPATH": str(ROOT),
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    },
-  )
-  assert ended.returncode == 0, ended.stderr[-3000:]
-  (result,) = json.loads(ended.stdout)["results"]
+  report = report_of("train_step.py", "--repeats=3", "--threads=1")
+  (result,) = report["results"]
   check = result["check"]
   assert check["same_loss"] and check["same_parameters"]
   # At the reference a wrong log-ratio would go unseen.
